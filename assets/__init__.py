@@ -1,0 +1,1 @@
+"""Data that ships with the suite; found through :func:`mmalign.assets.asset`."""

@@ -1,0 +1,1 @@
+"""Evaluation: harness, benchmarks, statistics and reports. Always ``from eval.x import y``."""

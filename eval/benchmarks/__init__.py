@@ -1,0 +1,1 @@
+"""Benchmarks: versioned requests plus the rule that turns pictures into numbers."""

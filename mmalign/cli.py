@@ -1,0 +1,195 @@
+"""The ``mmalign`` command: arguments only.
+
+What the commands do is in ``mmalign.commands`` and is imported when a command runs, so that help
+and listings answer at once. No heavy import may appear in this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from mmalign import __version__
+
+# Errors defined in, or raised by, these packages were written for the user to read.
+_OURS = ("mmalign", "vision_rewards", "trainers", "eval")
+_KINDS = ("rewards", "policies", "objectives", "steerers", "benchmarks", "kernels", "recipes")
+
+Parser = argparse.ArgumentParser
+
+
+def _recipe(parser: Parser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a YAML file, or a shipped recipe's name")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings, as lr=1e-4")
+
+
+def _train(parser: Parser) -> None:
+    _recipe(parser)
+    parser.add_argument("--output-dir", metavar="DIR", help="where the run is written")
+    parser.add_argument("--no-preflight", action="store_true", help="skip the checks before it")
+    parser.add_argument("--no-resume", action="store_true", help="never continue an earlier run")
+    parser.add_argument("--no-report", action="store_true", help="write no HTML report at the end")
+    parser.add_argument("--show", action="store_true", help="print the resolved recipe and stop")
+
+
+def _prompts(parser: Parser, required: bool) -> None:
+    group = parser.add_mutually_exclusive_group(required=required)
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt for all")
+    group.add_argument("--prompts", metavar="FILE", help=".txt, one a line, or .jsonl")
+
+
+def _reward(parser: Parser) -> None:
+    text = "a reward, or several with weights: a,b=0.5 (see: mmalign list rewards)"
+    parser.add_argument("--reward", required=True, metavar="NAME[=WEIGHT],...", help=text)
+
+
+def _steer(parser: Parser) -> None:
+    parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help="the generator")
+    _prompts(parser, required=True)
+    _reward(parser)
+    parser.add_argument("--method", default="best_of_n", help="see: mmalign list steerers")
+    parser.add_argument(
+        "-o", "--option", action="append", default=[], metavar="k=v", help="method option, as n=8"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
+    parser.add_argument("--out", required=True, metavar="DIR", help="where pictures are written")
+
+
+def _score(parser: Parser) -> None:
+    _reward(parser)
+    parser.add_argument(
+        "--images", required=True, nargs="+", metavar="DIR_OR_FILE", help="pictures to score"
+    )
+    _prompts(parser, required=False)
+    parser.add_argument("--out", metavar="FILE", help="also write one JSON line a picture")
+
+
+def _evaluate(parser: Parser) -> None:
+    parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help="the generator")
+    parser.add_argument("--benchmark", default="shapes", help="see: mmalign list benchmarks")
+    parser.add_argument("--lora", metavar="PATH", help="a LoRA adapter to load into it")
+    parser.add_argument("--out", metavar="DIR", help="where results, pictures and report go")
+    parser.add_argument("--steps", type=int, help="sampling steps (the policy's own)")
+    parser.add_argument("--guidance-scale", type=float, help="guidance (the policy's own)")
+    parser.add_argument("--batch-size", type=int, help="pictures generated at once")
+    parser.add_argument("--limit", type=int, help="only so many requests")
+    parser.add_argument("--samples-per-prompt", type=int, help="pictures of each prompt")
+    parser.add_argument("--no-report", action="store_true", help="write no HTML report")
+
+
+def _list(parser: Parser) -> None:
+    parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(_KINDS))
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _doctor(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--no-forward", action="store_true", help="skip the tiny forward pass")
+
+
+def _bench(parser: Parser) -> None:
+    parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help="the generator")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", help="auto, fp32, bf16 or fp16")
+    parser.add_argument("--batch-size", type=int, help="pictures generated at once")
+    parser.add_argument("--steps", type=int, help="sampling steps")
+    parser.add_argument("--out", metavar="FILE", help="also write the JSON here")
+
+
+def _report(parser: Parser) -> None:
+    parser.add_argument("run", metavar="RUN_DIR", help="the output folder of a run")
+    parser.add_argument("--out", metavar="FILE", help="the page to write (RUN_DIR/report.html)")
+
+
+def _pretrain(parser: Parser) -> None:
+    parser.add_argument("what", metavar="WHAT", help="which shipped model, as documented")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
+    parser.add_argument("--output-dir", metavar="DIR", help="where state and weights go")
+
+
+COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
+    "train": ("align a generator as a recipe says", _train),
+    "steer": ("better pictures at inference time, no weights touched", _steer),
+    "score": ("score pictures with reward models", _score),
+    "evaluate": ("run a generator through a benchmark", _evaluate),
+    "list": ("what there is: rewards, policies, recipes, ...", _list),
+    "doctor": ("what this machine can run and what is missing", _doctor),
+    "preflight": ("check a recipe with one rollout before training", _recipe),
+    "bench": ("measure speed and memory of a policy", _bench),
+    "report": ("write the HTML page of a finished or running run", _report),
+    "pretrain": ("make a shipped small model again", _pretrain),
+}
+
+
+def build_parser() -> Parser:
+    """The whole command line; building it imports nothing heavy."""
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser = argparse.ArgumentParser(
+        prog="mmalign",
+        description="Align text-to-image and text-to-video generators with rewards.",
+        epilog="'mmalign COMMAND --help' explains a command.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mmalign {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (summary, add_arguments) in COMMANDS.items():
+        command = commands.add_parser(
+            name, help=summary, description=summary, parents=[shared], allow_abbrev=False
+        )
+        add_arguments(command)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse arguments. Overrides may stand before, between and after options."""
+    parser = build_parser()
+    args, extra = parser.parse_known_args(argv)
+    # argparse takes positional arguments from one place only; the rest arrives here.
+    late = [e for e in extra if "=" in e and not e.startswith("-")] if "overrides" in args else []
+    unknown = [e for e in extra if e not in late]
+    if unknown:
+        parser.error(f"{args.command}: unrecognized arguments: {' '.join(unknown)}")
+    if late:
+        args.overrides = [*args.overrides, *late]
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Returns 0, 1 (a check failed), 2 (an error) or 130 (interrupted)."""
+    args = parse(argv)
+    try:
+        return int(importlib.import_module(f"mmalign.commands.{args.command}").run(args) or 0)
+    except KeyboardInterrupt:
+        print("mmalign: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output, such as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug or not is_expected(error):
+            raise
+        print(f"mmalign: error: {error}", file=sys.stderr)
+        return 2
+
+
+def is_expected(error: BaseException) -> bool:
+    """Whether an error is one we raise for the user to read: message, no traceback.
+
+    True for operating-system errors, for exception classes of our own, and for a plain
+    ``ValueError`` raised by a line of our own code.
+    """
+    if isinstance(error, OSError) or type(error).__module__.split(".")[0] in _OURS:
+        return True
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    module = "" if trace is None else str(trace.tb_frame.f_globals.get("__name__", ""))
+    return isinstance(error, ValueError) and module.split(".")[0] in _OURS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

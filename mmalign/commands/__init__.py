@@ -1,0 +1,1 @@
+"""What each ``mmalign`` command does; one module a command, imported when it runs."""

@@ -1,0 +1,159 @@
+"""Builds small stock ``StableDiffusion3Pipeline`` objects: the shapes generator and tiny test models.
+
+Everything is a stock diffusers / transformers class; only the sizes are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mmalign.shapes.grammar import COLORS, SHAPES
+
+# Every word of the grammar, and nothing else, becomes one token; other text falls back to letters.
+WORDS = (
+    "a an photo of and to the left right above below two three four".split()
+    + list(COLORS)
+    + list(SHAPES)
+    + ["crosses" if s == "cross" else s + "s" for s in SHAPES]
+)
+PROMPT_TOKENS = 16  # the longest caption of the grammar has 13 words, plus start and end
+
+
+@dataclass(frozen=True, kw_only=True)
+class SD3Size:
+    """Sizes of a small SD3-class model."""
+
+    width: int = 128
+    layers: int = 6
+    head_dim: int = 32
+    text_width: int = 64
+    text_layers: int = 3
+    latent_size: int = 16
+    latent_channels: int = 4
+    patch: int = 2
+    shift: float = 1.0
+
+
+def build_tokenizer() -> Any:
+    """A ``CLIPTokenizer`` whose words are the shapes grammar's; deterministic.
+
+    Build it once and save it: the ids are part of a trained model.
+    """
+    from tokenizers import Tokenizer
+    from tokenizers.models import BPE
+    from tokenizers.pre_tokenizers import ByteLevel, Whitespace
+    from tokenizers.trainers import BpeTrainer
+    from transformers import CLIPTokenizer
+
+    alphabet = sorted(ByteLevel.alphabet())
+    trained = Tokenizer(BPE(end_of_word_suffix="</w>"))
+    trained.pre_tokenizer = Whitespace()
+    trainer = BpeTrainer(
+        vocab_size=10_000,  # more than there are merges: training ends when every word is a token
+        initial_alphabet=alphabet,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    trained.train_from_iterator(WORDS, trainer)
+    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    tokens = dict.fromkeys(alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges])
+    vocab = {token: i for i, token in enumerate((*tokens, "<|startoftext|>", "<|endoftext|>"))}
+    return CLIPTokenizer(
+        vocab=vocab, merges=merges, model_max_length=PROMPT_TOKENS, pad_token="<|endoftext|>"
+    )
+
+
+def build_text_encoder(size: SD3Size, tokenizer: Any) -> Any:
+    """A small random ``CLIPTextModelWithProjection``."""
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=size.text_width,
+        intermediate_size=4 * size.text_width,
+        projection_dim=size.text_width,
+        num_hidden_layers=size.text_layers,
+        num_attention_heads=max(1, size.text_width // 32),
+        max_position_embeddings=PROMPT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        hidden_act="gelu",
+    )
+    return CLIPTextModelWithProjection(config)
+
+
+def build_transformer(size: SD3Size) -> Any:
+    """A small random ``SD3Transformer2DModel`` with zero-initialised modulation and output."""
+    from diffusers import SD3Transformer2DModel
+
+    model = SD3Transformer2DModel(
+        sample_size=size.latent_size,
+        patch_size=size.patch,
+        in_channels=size.latent_channels,
+        out_channels=size.latent_channels,
+        num_layers=size.layers,
+        attention_head_dim=size.head_dim,
+        num_attention_heads=size.width // size.head_dim,
+        joint_attention_dim=2 * size.text_width,
+        caption_projection_dim=size.width,
+        pooled_projection_dim=2 * size.text_width,
+        pos_embed_max_size=size.latent_size // size.patch,
+        qk_norm="rms_norm",
+    )
+    zero = [model.proj_out, model.norm_out.linear]
+    for block in model.transformer_blocks:
+        zero += [block.norm1.linear, block.norm1_context.linear]
+    for layer in zero:
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
+    return model
+
+
+def build_pipeline(size: SD3Size, vae: Any, seed: int = 0) -> Any:
+    """Assemble a stock ``StableDiffusion3Pipeline`` (no T5) around ``vae``, randomly initialised."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tokenizer = build_tokenizer()
+        return StableDiffusion3Pipeline(
+            transformer=build_transformer(size),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=size.shift),
+            vae=vae,
+            text_encoder=build_text_encoder(size, tokenizer),
+            tokenizer=tokenizer,
+            text_encoder_2=build_text_encoder(size, tokenizer),
+            tokenizer_2=tokenizer,
+            text_encoder_3=None,
+            tokenizer_3=None,
+        )
+
+
+def tiny_pipeline(seed: int = 0, randomise: bool = True) -> Any:
+    """A random SD3 pipeline of a few thousand parameters for tests: 32-pixel pictures.
+
+    ``randomise`` also fills the zero-initialised layers, so that outputs depend on every input.
+    """
+    from diffusers import AutoencoderTiny
+
+    size = SD3Size(width=32, layers=2, head_dim=16, text_width=32, text_layers=2, latent_size=8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = AutoencoderTiny(
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            num_encoder_blocks=(0, 1, 1),
+            num_decoder_blocks=(1, 1, 0),
+            latent_channels=size.latent_channels,
+        )
+        pipeline = build_pipeline(size, vae, seed)
+        if randomise:
+            for parameter in pipeline.transformer.parameters():
+                if not parameter.any():
+                    torch.nn.init.normal_(parameter, std=0.05)
+    return pipeline

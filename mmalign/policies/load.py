@@ -1,0 +1,87 @@
+"""From a name, a folder or a pipeline object to a policy."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmalign.assets import asset
+from mmalign.protocols import Policy
+from mmalign.registry import POLICIES, unknown
+
+# Shipped with the package: short name -> folder under assets/.
+SHIPPED = {"shapes-flow": "shapes-flow", "tiny-sd3": ""}
+_FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
+
+
+def load_policy(
+    source: Any,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    lora: str | Path | None = None,
+) -> Policy:
+    """Make a policy.
+
+    Args:
+        source: a diffusers pipeline object, a folder written by ``save_pretrained``, the name of
+            a shipped model (``shapes-flow``), or a hub repository name. A policy is returned as
+            it is.
+        device, dtype: where and in what precision the weights are held. A pipeline object keeps
+            its own unless they differ.
+        lora: a LoRA file or folder to load through diffusers.
+
+    Raises:
+        UnknownNameError: the name is neither shipped, nor a folder, nor a repository name.
+        ValueError: the pipeline's class belongs to no known family.
+    """
+    if isinstance(source, Policy):
+        return source
+    name = ""
+    if isinstance(source, (str, os.PathLike)):
+        name = str(source)
+        source = load_pipeline(name, dtype)
+    family = _FAMILIES.get(type(source).__name__)
+    if family is None:
+        known = ", ".join(sorted(_FAMILIES))
+        raise ValueError(f"no policy family for {type(source).__name__}; supported: {known}")
+    if lora is not None:
+        source.load_lora_weights(str(lora))
+    source.to(device, dtype)
+    return POLICIES.load(family)(source, name=name)  # type: ignore[no-any-return]
+
+
+def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """Load a stock pipeline by shipped name, folder or hub name."""
+    if name == "tiny-sd3":
+        from mmalign.policies.build import tiny_pipeline
+
+        return tiny_pipeline()
+    folder = Path(asset(SHIPPED[name]) if name in SHIPPED else name)
+    if folder.is_dir():
+        return _from_folder(folder, dtype)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise unknown("policy", name, SHIPPED)
+    from diffusers import DiffusionPipeline
+
+    return DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+
+
+def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
+    from diffusers import DiffusionPipeline
+
+    index = folder / "model_index.json"
+    if not index.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no model_index.json; expected a pipeline written by save_pretrained()"
+        )
+    # Stock loading demands components that were absent on saving unless told they still are.
+    entries = json.loads(index.read_text(encoding="utf-8"))
+    absent = {k: None for k, v in entries.items() if isinstance(v, list) and v[0] is None}
+    return DiffusionPipeline.from_pretrained(
+        str(folder), torch_dtype=dtype, local_files_only=True, **absent
+    )

@@ -1,0 +1,223 @@
+"""The contracts between the parts of the suite. Implementations need not inherit from these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.types import Conditioning, Media, MediaKind, Rollout, Score, Step
+
+Parameterisation = Literal["flow", "epsilon", "v"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """How a policy is sampled by default: what its makers recommend, or its pipeline's defaults."""
+
+    steps: int = 28
+    guidance_scale: float = 4.5
+    height: int = 512
+    width: int = 512
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """A generator seen as network + schedule + codec, over a stock diffusers pipeline.
+
+    Latents are fp32 outside :meth:`predict`; sigma is the noise level in [0, 1].
+    """
+
+    name: str
+    family: str
+    parameterisation: Parameterisation
+    media: MediaKind
+    sampler: Sampler
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser lives."""
+        ...
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that :meth:`predict` calls and that training changes."""
+        ...
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Encode prompts, with the unconditional branch. Raises ``ValueError`` on a prompt that
+        does not fit the text encoder, naming it."""
+        ...
+
+    def init_noise(self, seeds: Sequence[int]) -> Tensor:
+        """Initial latents ``(B, ...)``; row ``i`` depends on ``seeds[i]`` alone."""
+        ...
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The sampling grid, ``(steps + 1,)`` fp32, descending to 0."""
+        ...
+
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float
+    ) -> Tensor:
+        """One network call (both branches of guidance batched); fp32, shaped like ``latents``.
+
+        ``sigma`` is a scalar tensor or ``(B,)``.
+        """
+        ...
+
+    def decode(self, latents: Tensor) -> Media:
+        """Latents to media in [0, 1]; differentiable when gradients are enabled."""
+        ...
+
+
+@runtime_checkable
+class Kernel(Protocol):
+    """A pure transition rule; where samplers differ, and the only place they do."""
+
+    stochastic: bool
+
+    def step(
+        self,
+        x: Tensor,
+        sigma: Tensor,
+        sigma_next: Tensor,
+        prediction: Tensor,
+        noise: Tensor | None = None,
+        *,
+        x_next: Tensor | None = None,
+    ) -> Step:
+        """Move ``x`` from ``sigma`` to ``sigma_next``.
+
+        With ``noise`` the next state is drawn; with ``x_next`` it is given and its log-probability
+        is evaluated (replay).
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardInfo:
+    """What a reward model declares about itself.
+
+    ``range`` is (lowest, highest) with ``None`` for an open end; ``needs`` lists context keys.
+    """
+
+    name: str
+    media: tuple[MediaKind, ...] = ("image",)
+    scope: Literal["pointwise", "pairwise", "group"] = "pointwise"
+    differentiable: bool = False
+    deterministic: bool = True
+    needs: tuple[str, ...] = ("prompt",)
+    range: tuple[float | None, float | None] = (None, None)
+    summary: str = ""
+    source: str = ""
+    licence: str = ""
+
+
+@runtime_checkable
+class RewardModel(Protocol):
+    """Scores media. A composition of reward models is itself a reward model."""
+
+    info: RewardInfo
+
+    @property
+    def identity(self) -> str:
+        """Name, weights hash and settings: equal identities give equal scores."""
+        ...
+
+    def score(
+        self,
+        media: Media,
+        prompts: Sequence[str],
+        context: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Score:
+        """Score a batch. What could not be judged is ``valid=False`` with a note.
+
+        Differentiable models keep the graph; the caller decides on ``no_grad``.
+        """
+        ...
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """One algorithm's mathematics: a loss over one micro-batch of one recorded step."""
+
+    needs: frozenset[str]
+
+    def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss (scalar) and detached metrics."""
+        ...
+
+
+@dataclass(frozen=True)
+class Steered:
+    """Result of a steering run.
+
+    ``media`` and ``scores`` hold the chosen sample of each prompt; ``candidates`` everything that
+    was generated, with ``lineage`` naming for each candidate the prompt and seed it came from.
+    """
+
+    prompts: tuple[str, ...]
+    media: Media
+    scores: Score
+    chosen: tuple[int, ...]
+    candidates: Media
+    candidate_scores: Score
+    lineage: tuple[Mapping[str, Any], ...]
+    nfe: int
+    reward_calls: int
+
+
+@runtime_checkable
+class Steerer(Protocol):
+    """Improves samples at inference time; checks capabilities before the first network call."""
+
+    def run(self, policy: Policy, reward: RewardModel, prompts: Sequence[str]) -> Steered:
+        """Steer one sample per prompt."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One picture a benchmark asks for; the noise seed depends on prompt and sample alone."""
+
+    key: str
+    prompt: str
+    task: str
+    sample: int
+    seed: int
+
+
+@runtime_checkable
+class Benchmark(Protocol):
+    """A versioned set of requests and the rule that turns pictures into numbers."""
+
+    name: str
+    version: str
+
+    def requests(self, limit: int | None = None) -> list[Request]:
+        """What to generate, in a fixed order."""
+        ...
+
+    def judge(self, media: Media, requests: Sequence[Request]) -> Score:
+        """Score pictures generated for ``requests``."""
+        ...
+
+
+__all__ = [
+    "Benchmark",
+    "Kernel",
+    "Objective",
+    "Parameterisation",
+    "Policy",
+    "Request",
+    "RewardInfo",
+    "RewardModel",
+    "Rollout",
+    "Sampler",
+    "Steered",
+    "Steerer",
+]

@@ -1,0 +1,97 @@
+"""Names to classes, lazily: listing imports nothing heavy, a typo gets its nearest match."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+
+class UnknownNameError(ValueError):
+    """A name that a registry, a configuration or a choice does not know."""
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+    """The error for an unknown ``name``: nearest matches first, then all that is allowed."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    hint = f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return UnknownNameError(f"unknown {kind} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a registered object lives and what it is, in one line."""
+
+    name: str
+    target: str
+    summary: str
+
+
+class Registry:
+    """``name -> "module:attribute"``; the module is imported on :meth:`load` only."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+
+    def add(self, name: str, target: str, summary: str = "") -> None:
+        """Register ``target`` (``"package.module:attribute"``) under ``name``.
+
+        Raises:
+            ValueError: the name is taken by another target, or the target is malformed.
+        """
+        if target.count(":") != 1:
+            raise ValueError(f"target {target!r} must look like 'package.module:attribute'")
+        taken = self._entries.get(name)
+        if taken is not None and taken.target != target:
+            raise ValueError(f"{self.kind} {name!r} is already registered as {taken.target}")
+        self._entries[name] = Entry(name, target, summary)
+
+    def load(self, name: str) -> Any:
+        """Import and return the registered object.
+
+        Raises:
+            UnknownNameError: with the nearest known names.
+        """
+        if name not in self._entries:
+            raise unknown(self.kind, name, self._entries)
+        module, attribute = self._entries[name].target.split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(sorted(self._entries.values(), key=lambda e: e.name))
+
+
+REWARDS = Registry("reward")
+POLICIES = Registry("policy family")
+OBJECTIVES = Registry("objective")
+STEERERS = Registry("steering method")
+BENCHMARKS = Registry("benchmark")
+KERNELS = Registry("kernel")
+
+for _name, _target, _summary in (
+    ("ode", "mmalign.sampling.kernels:OdeKernel", "Euler step of the probability-flow ODE"),
+    ("flow_sde", "mmalign.sampling.kernels:FlowSdeKernel", "Flow-GRPO's marginal-preserving SDE"),
+    ("dance_sde", "mmalign.sampling.kernels:DanceSdeKernel", "DanceGRPO's constant-noise SDE"),
+    ("cps", "mmalign.sampling.kernels:CpsKernel", "coefficient-preserving step (Flow-CPS)"),
+):
+    KERNELS.add(_name, _target, _summary)
+
+POLICIES.add("sd3", "mmalign.policies.sd3:SD3Policy", "Stable Diffusion 3 / 3.5 class flow models")
+OBJECTIVES.add("flow_grpo", "trainers.flow_grpo:FlowGrpo", "clipped policy gradient per step")
+STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")
+BENCHMARKS.add("shapes", "eval.benchmarks.shapes:ShapesBenchmark", "six GenEval tasks, offline")
+
+for _name, _target, _summary in (
+    ("shapes_strict", "vision_rewards.shapes:ShapesStrict", "shapes verifier, 0 or 1"),
+    ("shapes_partial", "vision_rewards.shapes:ShapesPartial", "shapes verifier, partial credit"),
+    ("jpeg_compressibility", "vision_rewards.jpeg:JpegCompressibility", "small JPEG is better"),
+    ("jpeg_incompressibility", "vision_rewards.jpeg:JpegIncompressibility", "large JPEG is better"),
+):
+    REWARDS.add(_name, _target, _summary)

@@ -1,0 +1,1 @@
+"""What runs the rest: devices, seeds, logs, files on disk, provenance."""

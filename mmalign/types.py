@@ -1,0 +1,253 @@
+"""The records every part of the suite exchanges: media, conditioning, steps, rollouts, scores.
+
+Conventions: images are float in [0, 1] of shape ``(B, C, H, W)``, videos ``(B, T, C, H, W)``; time
+runs from noise (sigma 1) to data (sigma 0); latents and log-probabilities are fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+MediaKind = Literal["image", "video"]
+
+
+@dataclass(frozen=True)
+class Media:
+    """A batch of images ``(B, C, H, W)`` or videos ``(B, T, C, H, W)``, float in [0, 1].
+
+    Raises:
+        ValueError: the tensor has neither four nor five dimensions, or is not floating point.
+    """
+
+    data: Tensor
+
+    def __post_init__(self) -> None:
+        if self.data.ndim not in (4, 5):
+            shape = tuple(self.data.shape)
+            raise ValueError(f"media must be (B, C, H, W) or (B, T, C, H, W), got {shape}")
+        if not self.data.is_floating_point():
+            raise ValueError(f"media must be float in [0, 1], got {self.data.dtype}")
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Media:
+        return Media(self.data[rows])
+
+    @property
+    def kind(self) -> MediaKind:
+        """``image`` or ``video``."""
+        return "image" if self.data.ndim == 4 else "video"
+
+    @staticmethod
+    def cat(parts: Sequence[Media]) -> Media:
+        """Concatenate along the batch."""
+        return Media(torch.cat([p.data for p in parts]))
+
+    @staticmethod
+    def from_pil(images: Sequence[Image]) -> Media:
+        """Images of one common size, converted to RGB."""
+        import numpy as np
+
+        sizes = {i.size for i in images}
+        if len(sizes) != 1:
+            raise ValueError(f"images of one batch must share a size, got {sorted(sizes)}")
+        arrays = [np.asarray(i.convert("RGB")) for i in images]
+        return Media(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 255)
+
+    def to_pil(self) -> list[Image]:
+        """Images (a video gives its first frame), rounded to 8 bits."""
+        from PIL import Image
+
+        frames = self.data if self.data.ndim == 4 else self.data[:, 0]
+        array = frames.detach().float().clamp(0, 1).mul(255).round().to(torch.uint8)
+        return [Image.fromarray(a) for a in array.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Encoded prompts: named tensors whose first dimension is the batch.
+
+    ``negative`` holds the tensors of the unconditional branch (same names), ``None`` where the
+    policy has no classifier-free guidance.
+    """
+
+    positive: Mapping[str, Tensor]
+    negative: Mapping[str, Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(next(iter(self.positive.values())))
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Conditioning:
+        negative = self.negative and {k: v[rows] for k, v in self.negative.items()}
+        return Conditioning({k: v[rows] for k, v in self.positive.items()}, negative)
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Concatenate along the batch."""
+        positive = {k: torch.cat([p.positive[k] for p in parts]) for k in parts[0].positive}
+        if any(p.negative is None for p in parts):
+            return Conditioning(positive)
+        negatives = [p.negative or {} for p in parts]
+        return Conditioning(positive, {k: torch.cat([n[k] for n in negatives]) for k in positive})
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transition of a sampler.
+
+    ``x_next``, ``mean`` and ``x0`` (the clean estimate) have the shape of the latents; ``std`` is
+    broadcastable to them; ``log_prob`` is ``(B,)``.  Deterministic kernels have no density:
+    ``std`` is 0 and ``log_prob`` is ``None``, never 0.
+    """
+
+    x_next: Tensor
+    mean: Tensor
+    std: Tensor
+    log_prob: Tensor | None
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a reward model says about a batch. Higher is better, always.
+
+    Attributes:
+        value: ``(B,)`` fp32. Entries with ``valid == False`` carry no meaning.
+        valid: ``(B,)`` bool; ``False`` means *unscored*, which is not zero.
+        parts: named sub-scores, each ``(B,)``.
+        notes: one explanation per sample, or empty.
+        identity: which model, weights and settings produced the numbers.
+    """
+
+    value: Tensor
+    valid: Tensor
+    parts: Mapping[str, Tensor] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    identity: str = ""
+
+    def __post_init__(self) -> None:
+        if self.value.ndim != 1 or self.valid.shape != self.value.shape:
+            v, w = tuple(self.value.shape), tuple(self.valid.shape)
+            raise ValueError(f"value and valid must both be (B,), got {v} and {w}")
+        if self.notes and len(self.notes) != len(self.value):
+            raise ValueError(f"{len(self.notes)} notes for {len(self.value)} samples")
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+    def __getitem__(self, rows: slice) -> Score:
+        return replace(
+            self,
+            value=self.value[rows],
+            valid=self.valid[rows],
+            parts={k: v[rows] for k, v in self.parts.items()},
+            notes=self.notes[rows],
+        )
+
+    @staticmethod
+    def of(value: Tensor, identity: str = "", notes: Sequence[str] = ()) -> Score:
+        """A score that is valid exactly where ``value`` is finite."""
+        value = value.float()
+        return Score(value, torch.isfinite(value), {}, tuple(notes), identity)
+
+    @staticmethod
+    def cat(scores: Sequence[Score]) -> Score:
+        """Concatenate along the batch; parts must agree in name."""
+        notes: tuple[str, ...] = ()
+        if any(s.notes for s in scores):
+            notes = sum((s.notes or ("",) * len(s) for s in scores), ())
+        names = scores[0].parts.keys()
+        if any(s.parts.keys() != names for s in scores):
+            raise ValueError("scores with different parts cannot be concatenated")
+        return Score(
+            torch.cat([s.value for s in scores]),
+            torch.cat([s.valid for s in scores]),
+            {k: torch.cat([s.parts[k] for s in scores]) for k in names},
+            notes,
+            scores[0].identity,
+        )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """A batch of finished trajectories that can be replayed without the sampler.
+
+    Attributes:
+        prompts: the prompt of each sample, ``B`` strings.
+        groups: ``(B,)`` int64, equal for samples of one prompt group.
+        seeds: noise seed of each sample, ``B`` ints.
+        sigmas: ``(T + 1,)`` grid from 1 to 0.
+        steps: indices into the grid of the recorded (trainable) steps, ascending, ``S`` of them.
+        latents: ``(B, S, ...)`` fp32, the state each recorded step started from.
+        next_latents: ``(B, S, ...)`` fp32, the state it led to.
+        log_probs: ``(B, S)`` fp32 under the policy that sampled.
+        final: ``(B, ...)`` fp32 clean latents.
+        media: decoded pictures or videos, or ``None`` once dropped.
+        conditioning: encoded prompts, one row per sample.
+        guidance_scale: classifier-free guidance used by the sampling policy.
+        policy_version: update count of the policy that sampled.
+        nfe: network evaluations spent, counting both branches of guidance.
+    """
+
+    prompts: tuple[str, ...]
+    groups: Tensor
+    seeds: tuple[int, ...]
+    sigmas: Tensor
+    steps: tuple[int, ...]
+    latents: Tensor
+    next_latents: Tensor
+    log_probs: Tensor
+    final: Tensor
+    media: Media | None
+    conditioning: Conditioning
+    guidance_scale: float
+    policy_version: int = 0
+    nfe: int = 0
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Rollout:
+        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows)
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in index.tolist()),
+            seeds=tuple(self.seeds[i] for i in index.tolist()),
+            groups=self.groups[index],
+            latents=self.latents[index],
+            next_latents=self.next_latents[index],
+            log_probs=self.log_probs[index],
+            final=self.final[index],
+            media=None if self.media is None else self.media[index],
+            conditioning=self.conditioning[index],
+        )
+
+    @staticmethod
+    def cat(parts: Sequence[Rollout]) -> Rollout:
+        """Concatenate rollouts made with the same grid and recorded steps."""
+        first = parts[0]
+        if any(p.steps != first.steps or not p.sigmas.equal(first.sigmas) for p in parts):
+            raise ValueError("rollouts with different grids or recorded steps cannot be joined")
+        media = [p.media for p in parts if p.media is not None]
+        return replace(
+            first,
+            prompts=sum((p.prompts for p in parts), ()),
+            seeds=sum((p.seeds for p in parts), ()),
+            groups=torch.cat([p.groups for p in parts]),
+            latents=torch.cat([p.latents for p in parts]),
+            next_latents=torch.cat([p.next_latents for p in parts]),
+            log_probs=torch.cat([p.log_probs for p in parts]),
+            final=torch.cat([p.final for p in parts]),
+            media=Media.cat(media) if len(media) == len(parts) else None,
+            conditioning=Conditioning.cat([p.conditioning for p in parts]),
+            nfe=sum(p.nfe for p in parts),
+        )

@@ -1,0 +1,91 @@
+"""What the documents tell people to type exists."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mmalign import cli
+from mmalign.assets import find_recipe
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
+
+
+def blocks(document: Path, *languages: str) -> Iterator[str]:
+    """Fenced code of the given languages."""
+    for language, code in FENCE.findall(document.read_text(encoding="utf-8")):
+        if language in languages:
+            yield code
+
+
+def shell_commands() -> Iterator[tuple[str, list[str]]]:
+    """``(document, words)`` of every command in a shell block, continuation lines joined."""
+    for document in DOCUMENTS:
+        for code in blocks(document, "bash", "sh", "console"):
+            for line in code.replace("\\\n", " ").splitlines():
+                for part in line.removeprefix("$ ").split("&&"):
+                    words = shlex.split(part, comments=True)
+                    if words:
+                        yield document.relative_to(ROOT).as_posix(), words
+
+
+COMMANDS = list(shell_commands())
+
+
+def test_documents_hold_commands():
+    assert any(words[0] == "mmalign" for _, words in COMMANDS)
+    assert ("README.md", ["make", "quickstart"]) in COMMANDS
+    assert ("README.md", ["make", "test"]) in COMMANDS
+
+
+@pytest.mark.parametrize(
+    ("document", "words"), [c for c in COMMANDS if c[1][0] == "mmalign"], ids=lambda v: str(v)[:60]
+)
+def test_command_parses(document, words):
+    try:
+        args = cli.parse(words[1:])
+    except SystemExit as stop:
+        assert stop.code == 0, f"{document}: {' '.join(words)} does not parse"
+        return
+    recipe = getattr(args, "recipe", None)
+    if recipe and (recipe.startswith("trainers/recipes/") or "." not in recipe):
+        assert find_recipe(recipe).is_file()
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
+    for document, words in COMMANDS:
+        if words[0] == "make":
+            asked = {w for w in words[1:] if "=" not in w}
+            assert asked <= targets, f"{document}: no target {asked - targets}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_and_python(document):
+    text = document.read_text(encoding="utf-8")
+    for link in LINK.findall(FENCE.sub("", text)):
+        if "://" not in link and not link.startswith("mailto:"):
+            assert (document.parent / link).exists(), f"{document.name}: no {link}"
+    for code in blocks(document, "python"):
+        ast.parse(code)
+
+
+def test_readme_is_short():
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
+
+
+def test_every_document_is_reachable_from_the_index():
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    linked = {(ROOT / "docs" / link).resolve() for link in LINK.findall(index) if "://" not in link}
+    pages = set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs" / "README.md"}
+    missing = sorted(p.name for p in pages - linked)
+    assert not missing, f"docs/README.md does not link {missing}"

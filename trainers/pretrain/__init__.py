@@ -1,0 +1,1 @@
+"""How the shipped small models are made: data, autoencoder, flow generator."""
