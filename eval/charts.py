@@ -202,11 +202,13 @@ def _bar(
     ]
     if value.defined:
         low, high = left + value.low * scale, left + value.high * scale
-        middle = _n(y + (thick - 1.5) / 2)
-        parts.append(el("line", x1=_n(low), x2=_n(high), y1=middle, y2=middle, class_="whisker"))
-        for x in (low, high):
-            a, b = _n(float(middle) - 3), _n(float(middle) + 3)
-            parts.append(el("line", x1=_n(x), x2=_n(x), y1=a, y2=b, class_="whisker"))
+        m = y + (thick - 1.5) / 2
+        ends = ((low, m, high, m), (low, m - 3, low, m + 3), (high, m - 3, high, m + 3))
+        for tone in ("halo", "whisker"):  # the halo keeps the whisker readable on a dark bar
+            parts += [
+                el("line", x1=_n(x1), y1=_n(y1), x2=_n(x2), y2=_n(y2), class_=tone)
+                for x1, y1, x2, y2 in ends
+            ]
     return parts
 
 

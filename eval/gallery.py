@@ -163,4 +163,3 @@ def _pixels(path: object) -> np.ndarray | None:
 
 def _right(row: Row) -> bool:
     return row.valid and row.value is not None and row.value >= 0.5
-

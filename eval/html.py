@@ -167,7 +167,8 @@ svg .grid{stroke:var(--rule);stroke-width:1}
 svg .axis{stroke:var(--faint);stroke-width:1}
 svg .track{fill:var(--track)}
 svg .s0{fill:var(--before)}svg .s1{fill:var(--after)}
-svg .whisker{stroke:var(--ink);stroke-width:1.4;opacity:.75}
+svg .whisker{stroke:var(--ink);stroke-width:1.3}
+svg .halo{stroke:var(--card);stroke-width:3.6;opacity:.8}
 svg .l0{fill:none;stroke:var(--after);stroke-width:2;stroke-linejoin:round}
 svg .l1{fill:none;stroke:var(--before);stroke-width:2;stroke-linejoin:round}
 svg .faint{stroke-width:1;opacity:.35}

@@ -45,7 +45,7 @@ def training_report(run_dir: Path | str) -> Path:
         health_section(run),
         *(_pictures(pairs) if pairs is not None else ()),
         hacking_section(run, pairs),
-        record_section(run, pairs),
+        record_section(run),
         _footer(),
     ]  # fmt: skip
     path = run.path / "report.html"

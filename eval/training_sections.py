@@ -66,9 +66,7 @@ def reward_section(run: RunFolder) -> Markup:
 
 def health_section(run: RunFolder) -> Markup | None:
     """Small charts of the update's vital signs."""
-    cards = [
-        _small(run, name, title, why) for name, title, why in _HEALTH if run.column(name)
-    ]
+    cards = [_small(run, name, title, why) for name, title, why in _HEALTH if run.column(name)]
     if not cards:
         return None
     return section("Health of the updates", el("div", *cards, class_="small"))
@@ -102,7 +100,7 @@ def hacking_section(run: RunFolder, pairs: Pairs | None) -> Markup:
     return section("Signs of reward hacking", *body, note=note)
 
 
-def record_section(run: RunFolder, pairs: Pairs | None) -> Markup:
+def record_section(run: RunFolder) -> Markup:
     """Configuration and provenance, folded."""
     folds = []
     if run.config:

@@ -223,7 +223,7 @@ def test_missing_pieces_leave_a_readable_page(run_dir, missing):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     text = training_report(run_dir).read_text()
     _assert_self_contained(text)
-    assert "<h1>" in text and "class=\"verdict" in text
+    assert "<h1>" in text and 'class="verdict' in text
     if missing.startswith("eval"):
         assert 'class="verdict none">No verdict' in text
 
