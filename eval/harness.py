@@ -32,6 +32,7 @@ class Generate(Protocol):
         *,
         steps: int | None = None,
         guidance_scale: float | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Media, int]: ...
 
 
@@ -44,6 +45,7 @@ def run_benchmark(
     guidance_scale: float | None = None,
     batch_size: int = 32,
     limit: int | None = None,
+    dtype: torch.dtype | None = None,
     progress: bool = True,
     save_images: bool = True,
     label: str = "",
@@ -62,10 +64,12 @@ def run_benchmark(
         steps, guidance_scale: ``None`` takes the policy's own sampler settings.
         batch_size: pictures generated together; does not change what is asked for.
         limit: only the first requests, balanced over tasks by the benchmark.
+        dtype: autocast precision; ``None`` leaves the weights' own.
         progress: show progress with time left on standard error.
         save_images: keep the pictures in ``out/images``.
         label: free text for reports, such as ``before``.
-        generate: sampling function; :func:`mmalign.sampling.generate` unless given.
+        generate: sampling function; :func:`mmalign.sampling.generate` unless given. It is handed
+            ``dtype`` only where that is not ``None``.
 
     Raises:
         SettingsMismatchError: ``out`` holds an evaluation made with other settings.
@@ -75,9 +79,10 @@ def run_benchmark(
         raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
     requests = benchmark.requests(limit)
     check_keys(requests)
-    settings = _settings(policy, benchmark, steps, guidance_scale)
+    dtype = None if dtype == torch.float32 else dtype
+    settings = _settings(policy, benchmark, steps, guidance_scale, dtype)
     store = Store(None if out is None else Path(out), settings, save_images)
-    run = _Run(policy, benchmark, generate or _default_generate(), settings)
+    run = _Run(policy, benchmark, generate or _default_generate(), settings, dtype)
     title = f"{benchmark.name} {label}".strip() if progress else None
     samples = _complete(store, run, requests, batch_size, title)
     tasks, overall = summarise([s.row for s in samples])
@@ -125,6 +130,7 @@ class _Run:
     benchmark: Benchmark
     generate: Generate
     settings: dict[str, Any]
+    dtype: torch.dtype | None
 
     @torch.no_grad()
     def __call__(self, batch: Sequence[Request]) -> tuple[list[Image], Score, int]:
@@ -134,6 +140,7 @@ class _Run:
             [r.seed for r in batch],
             steps=self.settings["steps"],
             guidance_scale=self.settings["guidance_scale"],
+            **({} if self.dtype is None else {"dtype": self.dtype}),
         )
         if len(media) != len(batch):
             raise ValueError(f"asked for {len(batch)} pictures, generated {len(media)}")
@@ -175,7 +182,11 @@ def _row(request: Request, score: Score, index: int, image: str | None) -> Row:
 
 
 def _settings(
-    policy: Policy, benchmark: Benchmark, steps: int | None, guidance_scale: float | None
+    policy: Policy,
+    benchmark: Benchmark,
+    steps: int | None,
+    guidance_scale: float | None,
+    dtype: torch.dtype | None,
 ) -> dict[str, Any]:
     """Everything that changes a picture or its score; two runs that differ here never mix."""
     sampler = policy.sampler
@@ -194,6 +205,7 @@ def _settings(
         "width": sampler.width,
         "seed_rule": getattr(benchmark, "seed_rule", SEED_RULE),
         "dtype": weights_dtype(policy),
+        "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
         "device": policy.device.type,
         "libraries": {k: used[k] for k in ("torch", "diffusers")},
     }

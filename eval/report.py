@@ -25,8 +25,8 @@ PER_TASK = 4  # pairs of pictures shown for each task
 EXAMPLES = 8  # pictures in a gallery of fixed, broken, best or worst
 
 
-def training_report(run_dir: Path | str) -> Path:
-    """Write ``report.html`` into the folder of a training run and return its path.
+def training_report(run_dir: Path | str, path: Path | str | None = None) -> Path:
+    """Write the report of a training run and return its path, ``report.html`` in its folder.
 
     Works at any time: missing pieces (no evaluation yet, no update yet) are named on the page.
 
@@ -48,9 +48,9 @@ def training_report(run_dir: Path | str) -> Path:
         record_section(run),
         _footer(),
     ]  # fmt: skip
-    path = run.path / "report.html"
-    write_atomically(path, page(f"{title}: training report", *body).encode())
-    return path
+    target = run.path / "report.html" if path is None else Path(path)
+    write_atomically(target, page(f"{title}: training report", *body).encode())
+    return target
 
 
 def evaluation_report(result: EvalResult, path: Path | str) -> Path:

@@ -77,6 +77,8 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--batch-size", type=int, help="pictures generated at once")
     parser.add_argument("--limit", type=int, help="only so many requests")
     parser.add_argument("--samples-per-prompt", type=int, help="pictures of each prompt")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps")
+    parser.add_argument("--dtype", help="autocast precision: auto, fp32, bf16 or fp16")
     parser.add_argument("--no-report", action="store_true", help="write no HTML report")
 
 

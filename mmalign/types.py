@@ -19,6 +19,17 @@ if TYPE_CHECKING:
 MediaKind = Literal["image", "video"]
 
 
+def _index(rows: slice | Sequence[int] | Tensor, length: int) -> Tensor:
+    """Row numbers, ``(K,)`` int64 on the CPU, of a slice, numbers, or a mask ``(B,)`` bool."""
+    if not isinstance(rows, slice):
+        rows = torch.as_tensor(rows, dtype=None if len(rows) else torch.int64).cpu()
+    return torch.arange(length)[rows]
+
+
+def _nan(like: Tensor) -> Tensor:
+    return torch.full_like(like, torch.nan)
+
+
 @dataclass(frozen=True)
 class Media:
     """A batch of images ``(B, C, H, W)`` or videos ``(B, T, C, H, W)``, float in [0, 1].
@@ -144,13 +155,14 @@ class Score:
     def __len__(self) -> int:
         return len(self.value)
 
-    def __getitem__(self, rows: slice) -> Score:
+    def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Score:
+        index = _index(rows, len(self))
         return replace(
             self,
-            value=self.value[rows],
-            valid=self.valid[rows],
-            parts={k: v[rows] for k, v in self.parts.items()},
-            notes=self.notes[rows],
+            value=self.value[index],
+            valid=self.valid[index],
+            parts={k: v[index] for k, v in self.parts.items()},
+            notes=tuple(self.notes[i] for i in index.tolist()) if self.notes else (),
         )
 
     @staticmethod
@@ -161,17 +173,20 @@ class Score:
 
     @staticmethod
     def cat(scores: Sequence[Score]) -> Score:
-        """Concatenate along the batch; parts must agree in name."""
+        """Concatenate along the batch; parts must agree in name.
+
+        A batch of which nothing was scored may lack parts: they are NaN there.
+        """
         notes: tuple[str, ...] = ()
         if any(s.notes for s in scores):
             notes = sum((s.notes or ("",) * len(s) for s in scores), ())
-        names = scores[0].parts.keys()
-        if any(s.parts.keys() != names for s in scores):
+        names = max((s.parts for s in scores), key=len).keys()
+        if any(s.parts.keys() != names and (s.parts or s.valid.any()) for s in scores):
             raise ValueError("scores with different parts cannot be concatenated")
         return Score(
             torch.cat([s.value for s in scores]),
             torch.cat([s.valid for s in scores]),
-            {k: torch.cat([s.parts[k] for s in scores]) for k in names},
+            {k: torch.cat([s.parts.get(k, _nan(s.value)) for s in scores]) for k in names},
             notes,
             scores[0].identity,
         )
@@ -217,7 +232,7 @@ class Rollout:
         return len(self.prompts)
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Rollout:
-        index = torch.arange(len(self))[rows] if isinstance(rows, slice) else torch.as_tensor(rows)
+        index = _index(rows, len(self))
         return replace(
             self,
             prompts=tuple(self.prompts[i] for i in index.tolist()),

@@ -1,0 +1,1 @@
+"""Training: one loop, advantages, and one readable file per objective."""

@@ -12,7 +12,8 @@ def run(args: Namespace) -> int:
     """Evaluate a generator and print accuracy per task with its interval."""
     from mmalign import api
 
-    names = ("out", "lora", "steps", "guidance_scale", "limit", "batch_size", "samples_per_prompt")
+    names = ("out", "lora", "steps", "guidance_scale", "limit", "batch_size", "samples_per_prompt",
+             "device", "dtype")  # fmt: skip
     options: dict[str, Any] = given(**{n: getattr(args, n) for n in names})
     result = api.evaluate(args.policy, args.benchmark, report=not args.no_report, **options)
     print(summary(result))

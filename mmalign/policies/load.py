@@ -21,8 +21,8 @@ _FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
 def load_policy(
     source: Any,
     *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
     lora: str | Path | None = None,
 ) -> Policy:
     """Make a policy.
@@ -31,8 +31,9 @@ def load_policy(
         source: a diffusers pipeline object, a folder written by ``save_pretrained``, the name of
             a shipped model (``shapes-flow``), or a hub repository name. A policy is returned as
             it is.
-        device, dtype: where and in what precision the weights are held. A pipeline object keeps
-            its own unless they differ.
+        device, dtype: where and in what precision the weights are held. ``None`` leaves a
+            pipeline object as it is (it may mix precisions, or be offloaded) and loads a name in
+            fp32 on the CPU.
         lora: a LoRA file or folder to load through diffusers.
 
     Raises:
@@ -43,7 +44,7 @@ def load_policy(
         return source
     name = ""
     if isinstance(source, (str, os.PathLike)):
-        name = str(source)
+        name, device, dtype = str(source), device or "cpu", dtype or torch.float32
         source = load_pipeline(name, dtype)
     family = _FAMILIES.get(type(source).__name__)
     if family is None:
@@ -51,7 +52,9 @@ def load_policy(
         raise ValueError(f"no policy family for {type(source).__name__}; supported: {known}")
     if lora is not None:
         source.load_lora_weights(str(lora))
-    source.to(device, dtype)
+    wanted = [option for option in (device, dtype) if option is not None]
+    if wanted:
+        source.to(*wanted)
     return POLICIES.load(family)(source, name=name)  # type: ignore[no-any-return]
 
 

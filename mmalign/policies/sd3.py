@@ -57,6 +57,10 @@ class SD3Policy:
         """The pipeline's ``SD3Transformer2DModel``."""
         return self.pipeline.transformer  # type: ignore[no-any-return]
 
+    @denoiser.setter
+    def denoiser(self, network: nn.Module) -> None:
+        self.pipeline.transformer = network
+
     @property
     def identity(self) -> str:
         """Hash of the denoiser's weights, for provenance."""

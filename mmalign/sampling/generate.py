@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -50,6 +50,7 @@ def generate(
     steps: int | None = None,
     guidance_scale: float | None = None,
     dtype: torch.dtype | None = None,
+    encode: Callable[[Sequence[str]], Conditioning] | None = None,
 ) -> tuple[Media, int]:
     """Generate one sample per (prompt, seed) with the ODE sampler.
 
@@ -59,6 +60,7 @@ def generate(
         prompts, seeds: ``B`` each; noise depends on the seed alone, never on the batch.
         steps, guidance_scale: ``None`` takes the policy's recommended sampler.
         dtype: autocast precision; ``None`` leaves the weights' own.
+        encode: how prompts become conditioning (a cache, say); ``policy.encode`` by default.
 
     Returns:
         The media and the number of network evaluations spent.
@@ -69,7 +71,7 @@ def generate(
     scale = policy.sampler.guidance_scale if guidance_scale is None else guidance_scale
     policy.denoiser.eval()
     with autocast(policy.device, dtype):
-        conditioning = policy.encode(prompts)
+        conditioning = (encode or policy.encode)(prompts)
         latents = integrate(
             policy, policy.init_noise(seeds), policy.sigmas(steps), conditioning, scale
         )

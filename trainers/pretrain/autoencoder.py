@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from trainers.pretrain.data import ensure_shards, load_images
-from trainers.pretrain.muon import Muon
+from trainers.muon import Muon
 from trainers.pretrain.progress import atomic_save, say
 
 ARCHITECTURE: dict[str, Any] = {

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from mmalign.policies.build import PROMPT_TOKENS, SD3Size, build_pipeline
 from trainers.pretrain.data import ensure_shards, load_captions
-from trainers.pretrain.muon import Muon
+from trainers.muon import Muon
 from trainers.pretrain.progress import atomic_save, say
 
 

@@ -1,0 +1,381 @@
+"""The verbs as Python functions: train, steer, score, evaluate, and what stands beside them.
+
+This is where the packages of the suite are put together; each is imported when it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from eval.result import EvalResult
+    from mmalign.protocols import Policy, Steered
+    from mmalign.types import Score
+
+PRETRAIN = ("shapes-vae", "shapes-flow")
+
+
+# --- score ------------------------------------------------------------------------------------
+
+
+def score(
+    media: Any,
+    prompts: str | Sequence[str] | None,
+    reward: Any,
+    *,
+    context: Sequence[Mapping[str, Any]] | None = None,
+    batch_size: int = 32,
+) -> Score:
+    """Score pictures. Higher is better; what could not be judged is ``valid=False`` with a note.
+
+    ::
+
+        mmalign.score(["a.png", "b.png"], "a photo of a red star", "shapes_strict")
+        mmalign.score("folder", None, "jpeg_compressibility")
+        mmalign.score(images, prompts, {"shapes_partial": 1.0, "jpeg_compressibility": 0.01})
+        mmalign.score(images, prompts, lambda images, prompts: [i.width for i in images])
+
+    Args:
+        media: a path, a folder, a Pillow image, a list of these (sizes may differ), a tensor
+            ``(B, C, H, W)`` or ``(B, T, C, H, W)`` in [0, 1], or :class:`~mmalign.types.Media`.
+        prompts: one for all, one each, or ``None`` where the reward needs none.
+        reward: whatever :func:`vision_rewards.factory.load_reward` takes.
+        context: further facts for each picture, for rewards that need them.
+        batch_size: pictures handed to the reward at once.
+
+    Returns:
+        ``B`` scores in the order of the pictures, without gradients; for gradients call the
+        reward model itself. A reward that raises leaves its batch unscored, with the reason.
+
+    Raises:
+        ValueError: no pictures, not one prompt or context for each, or a reward that needs more.
+        UnknownNameError: unknown reward; names the nearest.
+    """
+    import torch
+
+    from mmalign.pictures import batches, open_pictures
+    from mmalign.types import Score
+    from vision_rewards.factory import load_reward
+    from vision_rewards.guard import GuardedReward
+
+    model = GuardedReward(load_reward(reward), max_failed_share=1.0)
+    pictures = open_pictures(media)
+    texts = _texts(prompts, len(pictures), model.info)
+    if context is not None and len(context) != len(pictures):
+        raise ValueError(f"{len(context)} contexts for {len(pictures)} pictures; give one each")
+    parts, order = [], []
+    with torch.no_grad():
+        for rows, batch in batches(pictures, batch_size):
+            facts = None if context is None else [context[i] for i in rows]
+            parts.append(model.score(batch, [texts[i] for i in rows], facts))
+            order += rows
+    return Score.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
+
+
+def _texts(prompts: str | Sequence[str] | None, count: int, info: Any) -> list[str]:
+    if prompts is None:
+        if "prompt" in info.needs:
+            raise ValueError(f"reward {info.name!r} judges pictures by their prompts; give prompts")
+        return [""] * count
+    texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
+    if len(texts) != count:
+        raise ValueError(f"{len(texts)} prompts for {count} pictures; give one, or one each")
+    return texts
+
+
+# --- evaluate ---------------------------------------------------------------------------------
+
+
+def evaluate(
+    policy: Any,
+    benchmark: Any = "shapes",
+    *,
+    out: str | Path | None = None,
+    lora: str | Path | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    samples_per_prompt: int | None = None,
+    dtype: str | torch.dtype | None = None,
+    device: str = "auto",
+    report: bool = True,
+    label: str = "",
+    progress: bool = True,
+) -> EvalResult:
+    """Run a generator through a benchmark: numbers per task with 95 % intervals.
+
+    ::
+
+        result = mmalign.evaluate("shapes-flow", limit=60)
+        print(result.accuracy.mean, result.tasks["counting"].accuracy)
+        mmalign.evaluate(pipeline, out="runs/before", dtype="bf16")  # pictures, JSON, HTML
+        mmalign.evaluate("shapes-flow", lora="runs/a/lora", out="runs/after")
+
+    Args:
+        policy: a policy, a diffusers pipeline object (used in place), or a shipped name, folder
+            or hub name.
+        benchmark: a registered name or a :class:`~mmalign.protocols.Benchmark`.
+        out: folder for results; an interrupted run in it is continued. ``None`` keeps nothing.
+        lora: a LoRA file or folder to load into the pipeline first.
+        steps, guidance_scale: ``None`` takes the policy's recommended sampler.
+        batch_size: pictures generated at once; does not change what is asked for.
+        limit: only the first requests, balanced over tasks.
+        samples_per_prompt: pictures of each prompt, where ``benchmark`` is a name.
+        dtype: autocast precision (``fp32``, ``bf16``, ``fp16``, ``auto``); part of the settings
+            that must agree for a run to be continued. ``None`` leaves the weights' own.
+        device: ``auto`` is the best there is, for a pipeline or policy object where it is.
+        report: write ``report.html`` into ``out``.
+        label: free text for reports, such as ``before``.
+        progress: show progress with time left on standard error.
+
+    Raises:
+        UnknownNameError: unknown policy, benchmark, device or precision.
+        SettingsMismatchError: ``out`` holds an evaluation made with other settings.
+        ValueError: options that do not go together.
+    """
+    from eval.harness import run_benchmark
+
+    loaded = _policy(policy, device, lora)
+    result = run_benchmark(
+        loaded,
+        _benchmark(benchmark, samples_per_prompt),
+        out,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        batch_size=batch_size,
+        limit=limit,
+        dtype=_precision(dtype, loaded),
+        progress=progress,
+        label=label,
+    )
+    if report and result.folder is not None:
+        from eval.report import evaluation_report
+
+        evaluation_report(result, result.folder / "report.html")
+    return result
+
+
+def _benchmark(benchmark: Any, samples_per_prompt: int | None) -> Any:
+    from mmalign.registry import BENCHMARKS
+
+    if not isinstance(benchmark, str):
+        if samples_per_prompt is not None:
+            raise ValueError("samples_per_prompt belongs to the benchmark object: set it there")
+        return benchmark
+    cls = BENCHMARKS.load(benchmark)
+    return cls() if samples_per_prompt is None else cls(samples_per_prompt=samples_per_prompt)
+
+
+# --- steer ------------------------------------------------------------------------------------
+
+
+def steer(
+    policy: Any,
+    prompts: str | Sequence[str],
+    reward: Any,
+    method: Any = "best_of_n",
+    *,
+    seed: int | None = None,
+    device: str = "auto",
+    lora: str | Path | None = None,
+    **options: Any,
+) -> Steered:
+    """Better pictures at inference time; no weights are touched.
+
+    ::
+
+        result = mmalign.steer("shapes-flow", ["a photo of a red star"], "shapes_partial", n=16)
+        result.media.to_pil()[0].save("star.png")
+        print(result.scores.value, result.nfe)
+
+    Args:
+        policy, device, lora: as in :func:`evaluate`.
+        prompts: one, or several; one picture is returned for each.
+        reward: whatever :func:`vision_rewards.factory.load_reward` takes. Where it raises, the
+            candidates are unscored and never chosen.
+        method: a registered name, or a :class:`~mmalign.protocols.Steerer`.
+        seed: seed of the noise (0), where ``method`` is a name.
+        options: the method's own, such as ``n=16``.
+
+    Raises:
+        UnknownNameError: unknown policy, reward, method or option; names the nearest.
+        ValueError: the reward cannot judge what the policy makes, or scored no candidate.
+    """
+    from vision_rewards.factory import load_reward
+    from vision_rewards.guard import GuardedReward
+
+    steerer = _steerer(method, seed, options)
+    model = GuardedReward(load_reward(reward), max_failed_share=1.0)
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return steerer.run(_policy(policy, device, lora), model, texts)  # type: ignore[no-any-return]
+
+
+def _steerer(method: Any, seed: int | None, options: Mapping[str, Any]) -> Any:
+    import inspect
+
+    from mmalign.registry import STEERERS, unknown
+
+    if not isinstance(method, str):
+        given = [*options, *(["seed"] if seed is not None else [])]
+        if given:
+            raise ValueError(f"{', '.join(given)}: set it in the method object itself")
+        return method
+    cls = STEERERS.load(method)
+    known = inspect.signature(cls).parameters
+    for name in options:
+        if name not in known:
+            raise unknown(f"option of steering method {method!r}:", name, known)
+    return cls(seed=seed or 0, **options)
+
+
+# --- train ------------------------------------------------------------------------------------
+
+
+def train(
+    recipe: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    output_dir: str | Path | None = None,
+    preflight: bool = True,
+    resume: bool = True,
+    report: bool = True,
+) -> Any:
+    """Align a generator as a recipe says.
+
+    ::
+
+        mmalign.train("shapes_flow_grpo", ["lr=1e-4"], output_dir="runs/a")
+
+    Args:
+        recipe: a YAML file, or the name of a shipped recipe.
+        overrides: ``a.b=c`` assignments.
+        output_dir: where the run is written.
+        preflight: check the recipe with one rollout before training.
+        resume: continue an earlier run in ``output_dir``.
+        report: write an HTML report at the end.
+    """
+    from trainers.entry import train as run
+
+    return run(
+        recipe, overrides, output_dir=output_dir, preflight=preflight, resume=resume, report=report
+    )
+
+
+def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """Check a recipe with one rollout and one replay, without training."""
+    from trainers.entry import preflight as run
+
+    return run(recipe, overrides)
+
+
+def resolve_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Any:
+    """The recipe's configuration as it would run."""
+    from trainers.entry import resolve_recipe as run
+
+    return run(recipe, overrides)
+
+
+def bench(policy: Any, **options: Any) -> Any:
+    """Measure speed and memory of a policy."""
+    from trainers.bench import bench as run
+
+    return run(policy, **options)
+
+
+def pretrain(
+    what: str, overrides: Sequence[str] = (), *, output_dir: str | Path | None = None
+) -> Path:
+    """Make a shipped small model again: ``shapes-vae`` first, then ``shapes-flow``.
+
+    ::
+
+        mmalign.pretrain("shapes-vae", ["steps=100"], output_dir="runs/vae")
+
+    Args:
+        what: which model.
+        overrides: ``key=value`` settings of its configuration.
+        output_dir: where state and weights go; an interrupted run in it is continued.
+
+    Returns:
+        The folder of the finished model.
+
+    Raises:
+        UnknownNameError: not a model that can be made. ConfigError: unknown or unusable setting.
+    """
+    from mmalign.config import apply_overrides, from_dict
+    from mmalign.registry import unknown
+
+    if what not in PRETRAIN:
+        raise unknown("model to pre-train", what, PRETRAIN)
+    settings = apply_overrides({}, overrides)
+    if output_dir is not None:
+        settings["out"] = str(output_dir)
+    if what == "shapes-vae":
+        from trainers.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
+
+        return train_autoencoder(from_dict(AutoencoderConfig, settings))
+    from trainers.pretrain.generator import GeneratorConfig, train_generator
+
+    return train_generator(from_dict(GeneratorConfig, settings))
+
+
+# --- report -----------------------------------------------------------------------------------
+
+
+def report(run: str | Path, *, out: str | Path | None = None) -> Path:
+    """Write the HTML page of a training run or of an evaluation and return its path.
+
+    Args:
+        run: the output folder; a training run may still be going on.
+        out: the page to write; ``report.html`` in the folder by default.
+
+    Raises:
+        FileNotFoundError: not a folder, or neither kind of output in it.
+    """
+    from eval.report import evaluation_report, training_report
+    from eval.result import EvalResult
+
+    folder = Path(run)
+    page = folder / "report.html" if out is None else Path(out)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not the output folder of a run")
+    if any((folder / name).exists() for name in ("config.yaml", "run.json", "metrics.jsonl")):
+        return training_report(folder, page)
+    if (folder / "result.json").is_file():
+        return evaluation_report(EvalResult.load(folder / "result.json"), page)
+    raise FileNotFoundError(
+        f"{folder} holds neither a training run (config.yaml, run.json, metrics.jsonl) nor an "
+        "evaluation (result.json)"
+    )
+
+
+# --- shared -----------------------------------------------------------------------------------
+
+
+def _policy(source: Any, device: str, lora: str | Path | None) -> Policy:
+    """A policy on ``device``; objects stay where they are under ``auto``."""
+    import os
+
+    from mmalign.policies.load import load_policy
+    from mmalign.protocols import Policy
+    from mmalign.runtime.device import pick_device
+
+    named = isinstance(source, (str, os.PathLike))
+    where = pick_device(device) if named or device != "auto" else None
+    if isinstance(source, Policy):
+        if lora is not None:
+            raise ValueError(f"load the LoRA {lora} into the pipeline before making a policy of it")
+        if where is not None and where.type != source.device.type:
+            raise ValueError(f"{source.name} is on {source.device}, not on {where}: move it first")
+    return load_policy(source, device=where, lora=lora)
+
+
+def _precision(dtype: str | torch.dtype | None, policy: Policy) -> torch.dtype | None:
+    from mmalign.runtime.device import pick_dtype
+
+    return pick_dtype(dtype, policy.device) if isinstance(dtype, str) else dtype

@@ -1,0 +1,174 @@
+"""The training configuration: what a recipe may say, with its defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mmalign.config import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptConfig:
+    """Where training prompts come from.
+
+    ``source`` is ``shapes`` (drawn from the shapes world's training split) or a prompt file;
+    ``tasks`` restricts the shapes world to some task families.
+    """
+
+    source: str = "shapes"
+    tasks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What is trained and in which precision.
+
+    ``adapter`` is ``lora`` (peft, the reference is the adapter switched off) or ``full``.
+    ``lora_targets`` are module name endings. ``precision`` is the autocast type of rollout and
+    update alike: they must agree for the policy ratio to start at 1.
+    """
+
+    adapter: Literal["lora", "full"] = "lora"
+    lora_rank: int = 32
+    lora_alpha: int = 64
+    lora_targets: tuple[str, ...] = (
+        "attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0",
+        "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out",
+    )  # fmt: skip
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    attention: str = "native"
+    gradient_checkpointing: bool = False
+    ema_decay: float = 0.0
+    ema_every: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How trajectories are sampled for training.
+
+    ``train`` chooses the trained steps: ``all`` but the last; the first ``fraction`` of them; or
+    a random ``window`` of that many steps starting in ``window_start`` (Flow-GRPO-Fast), drawn
+    anew each update. Noise is added on trained steps only when a window is used, else on all.
+    ``shared_noise`` gives the images of one prompt the same initial noise (DanceGRPO).
+    """
+
+    steps: int = 10
+    guidance_scale: float | None = None
+    kernel: str = "flow_sde"
+    kernel_options: Mapping[str, float] = field(default_factory=dict)
+    train: Literal["all", "fraction", "window"] = "all"
+    fraction: float = 1.0
+    window: int = 2
+    window_start: tuple[int, int] = (0, 4)
+    shared_noise: bool = False
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        _positive("rollout.steps", self.steps - 1, "at least 2")
+        if not 0 < self.fraction <= 1:
+            raise ConfigError(f"rollout.fraction is {self.fraction}; it must lie in (0, 1]")
+        low, high = self.window_start
+        if self.train == "window" and not 0 <= low <= high <= self.steps - 1 - self.window:
+            raise ConfigError(
+                f"rollout.window_start {self.window_start} with window {self.window} does not fit "
+                f"{self.steps} steps; starts must lie in 0..{self.steps - 1 - self.window}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvantageConfig:
+    """How scores become advantages; see :mod:`trainers.advantages`."""
+
+    std: Literal["group", "global", "none"] = "global"
+    baseline: Literal["group", "tracker"] = "group"
+    combine: Literal["rewards", "advantages"] = "rewards"
+    clip: float = 5.0
+    eps: float = 1e-4
+    keep: int = 0  # train on the best and worst keep/2 of each group; 0 keeps all
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimiser settings; ``updates_per_rollout`` splits each rollout into that many updates."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 3e-4
+    weight_decay: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    grad_clip: float = 1.0
+    warmup: int = 0
+    decay: bool = False
+    updates_per_rollout: int = 1
+    micro_batch: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """What is measured before and after training, and every ``every`` steps if positive."""
+
+    benchmark: str = "shapes"
+    prompts_per_task: int = 20
+    samples_per_prompt: int = 2
+    every: int = 0
+    steps: int | None = None
+    guidance_scale: float | None = None
+    batch_size: int = 64
+    enabled: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. The two batch dials are ``prompts_per_step`` and ``images_per_prompt``."""
+
+    policy: str
+    algorithm: str = "flow_grpo"
+    objective: Mapping[str, object] = field(default_factory=dict)
+    reward: str | Mapping[str, float] = "shapes_partial"
+    output_dir: str = "runs/train"
+    seed: int = 0
+    steps: int = 100
+    prompts_per_step: int = 8
+    images_per_prompt: int = 8
+    device: str = "auto"
+    save_every: int = 10
+    keep_checkpoints: int = 2
+    trackers: tuple[str, ...] = ()
+    max_failed_share: float = 0.5
+    prompts: PromptConfig = field(default_factory=PromptConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "prompts_per_step", "save_every", "keep_checkpoints"):
+            _positive(name, getattr(self, name), "at least 1")
+        if self.images_per_prompt < 2:
+            raise ConfigError(
+                f"images_per_prompt is {self.images_per_prompt}; group-relative advantages need "
+                "at least 2 images of a prompt to compare"
+            )
+        if self.optim.updates_per_rollout > self.batch:
+            raise ConfigError(
+                f"optim.updates_per_rollout {self.optim.updates_per_rollout} exceeds the "
+                f"{self.batch} images of a rollout"
+            )
+
+    @property
+    def batch(self) -> int:
+        """Images per rollout, over all processes."""
+        return self.prompts_per_step * self.images_per_prompt
+
+
+# Settings that may change between a run and its resumption without making it another run.
+RESUMABLE_CHANGES = (
+    "output_dir", "steps", "save_every", "keep_checkpoints", "trackers", "device", "evaluation",
+)  # fmt: skip
+
+
+def _positive(name: str, value: int, allowed: str) -> None:
+    if value < 1:
+        raise ConfigError(f"{name} is {value}; it must be {allowed}")

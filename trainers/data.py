@@ -1,0 +1,108 @@
+"""Prompts and noise seeds of each step, a function of the run's seed and the step alone.
+
+Nothing is consumed from a stateful generator, so a resumed run, and a run on another number of
+processes, sees exactly the same prompts and noise.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mmalign.prompts import read_prompts
+from mmalign.registry import unknown
+from mmalign.runtime.seeds import stable_seed
+from mmalign.shapes import TASKS, caption, sample_spec
+from trainers.config import PromptConfig, TrainConfig
+
+
+class PromptSource:
+    """Training prompts by position in an endless, seeded stream.
+
+    Raises:
+        UnknownNameError: unknown shapes task. PromptFileError: missing, empty or unreadable file.
+    """
+
+    def __init__(self, config: PromptConfig, seed: int) -> None:
+        self.seed = seed
+        self.tasks = config.tasks or TASKS
+        self.lines: list[str] = []
+        if config.source == "shapes":
+            for task in self.tasks:
+                if task not in TASKS:
+                    raise unknown("shapes task", task, TASKS)
+        else:
+            self.lines = read_prompts(config.source)
+
+    def __getitem__(self, position: int) -> str:
+        """Prompt number ``position``; a file is reshuffled every time it has been used up."""
+        if not self.lines:
+            rng = random.Random(stable_seed("prompt", self.seed, position))
+            # Tasks take turns, so every step holds the same mix.
+            return caption(sample_spec(rng, "train", self.tasks[position % len(self.tasks)]))
+        epoch, index = divmod(position, len(self.lines))
+        order = list(range(len(self.lines)))
+        random.Random(stable_seed("shuffle", self.seed, epoch)).shuffle(order)
+        return self.lines[order[index]]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The samples of one step; ``init_seeds`` are those of the initial noise."""
+
+    prompts: tuple[str, ...]
+    groups: Tensor
+    seeds: tuple[int, ...]
+    init_seeds: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def part(self, rank: int, world: int) -> Rows:
+        """The contiguous share of process ``rank`` of ``world``."""
+        at = [round(len(self) * r / world) for r in (rank, rank + 1)]
+        rows = slice(*at)
+        return Rows(
+            self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows]
+        )
+
+
+def rows_of_step(config: TrainConfig, source: PromptSource, step: int) -> Rows:
+    """All samples of ``step``, over all processes."""
+    prompts, groups, seeds, starts = [], [], [], []
+    for g in range(config.prompts_per_step):
+        prompt = source[step * config.prompts_per_step + g]
+        for i in range(config.images_per_prompt):
+            prompts.append(prompt)
+            groups.append(g)
+            seeds.append(stable_seed("rollout", config.seed, step, g, i))
+            shared = 0 if config.rollout.shared_noise else i
+            starts.append(stable_seed("rollout", config.seed, step, g, shared))
+    return Rows(tuple(prompts), torch.tensor(groups), tuple(seeds), tuple(starts))
+
+
+def minibatches(config: TrainConfig, step: int) -> list[Tensor]:
+    """Row numbers of each update of ``step``, over all processes, shuffled by the seed."""
+    generator = torch.Generator().manual_seed(stable_seed("minibatch", config.seed, step))
+    order = torch.randperm(config.batch, generator=generator)
+    return list(torch.tensor_split(order, config.optim.updates_per_rollout))
+
+
+def recorded_steps(config: TrainConfig, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(recorded, noisy) grid steps of the rollouts of ``step``.
+
+    The last grid step leads to sigma 0, has no density and is never among them.
+    """
+    rollout = config.rollout
+    usable = tuple(range(rollout.steps - 1))
+    if rollout.train == "all":
+        return usable, usable
+    if rollout.train == "fraction":
+        return usable[: max(1, round(rollout.fraction * len(usable)))], usable
+    rng = random.Random(stable_seed("window", config.seed, step))
+    start = rng.randint(*rollout.window_start)
+    window = tuple(range(start, start + rollout.window))
+    return window, window

@@ -1,0 +1,217 @@
+"""Starting a run: recipe, folder, accelerate, policy, reward, evaluation, export."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmalign.assets import find_recipe
+from mmalign.config import (
+    ConfigError,
+    apply_overrides,
+    config_hash,
+    dump_yaml,
+    from_dict,
+    load_yaml,
+)
+from mmalign.policies.load import load_policy
+from mmalign.protocols import Policy
+from mmalign.runtime.device import pick_device
+from mmalign.runtime.files import atomic_write_json, atomic_write_text, make_directory
+from mmalign.runtime.log import say
+from mmalign.runtime.seeds import seed_all
+from mmalign.runtime.versions import environment
+from trainers.config import RESUMABLE_CHANGES, TrainConfig
+from trainers.loop import Trainer
+from trainers.progress import Progress
+from vision_rewards.factory import load_reward
+from vision_rewards.guard import GuardedReward
+
+# (policy, config, folder, label) -> nothing; writes its results into the folder.
+Evaluate = Callable[[Policy, TrainConfig, Path, str], Any]
+
+
+def resolve_recipe(
+    recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> TrainConfig:
+    """The configuration a recipe (path, shipped name, mapping) and ``a.b=c`` overrides stand for.
+
+    Raises:
+        ConfigError: unknown key, wrong type or impossible value. AssetError: no such recipe.
+    """
+    mapping = recipe if isinstance(recipe, Mapping) else load_yaml(find_recipe(str(recipe)))
+    return from_dict(TrainConfig, apply_overrides(mapping, overrides))
+
+
+def run_hash(config: TrainConfig) -> str:
+    """Hash of what makes a run this run; settings that may change on resuming are left out."""
+    values = asdict(config)
+    for name in RESUMABLE_CHANGES:
+        values.pop(name)
+    return config_hash(values)
+
+
+def build(config: TrainConfig, folder: Path, reward: Any = None) -> Trainer:
+    """Assemble a trainer: accelerate, policy on its device, guarded reward."""
+    from accelerate import Accelerator
+
+    seed_all(config.seed)
+    cpu = config.device == "cpu" or pick_device(config.device).type == "cpu"
+    accelerator = Accelerator(
+        cpu=cpu, log_with=list(config.trackers) or None, project_dir=str(folder)
+    )
+    policy = load_policy(config.policy, device=accelerator.device, dtype=_weights_dtype(config))
+    guarded = GuardedReward(
+        load_reward(config.reward if reward is None else reward),
+        max_failed_share=config.max_failed_share,
+    )
+    return Trainer(config, policy, guarded, accelerator, folder)
+
+
+def train(
+    config: TrainConfig,
+    *,
+    evaluate: Evaluate | None = None,
+    resume: bool = True,
+    reward: Any = None,
+) -> Path:
+    """Run (or resume) training in ``config.output_dir``; returns that folder.
+
+    The folder then holds ``config.yaml``, ``run.json``, ``metrics.jsonl``, ``checkpoints/``,
+    ``eval/`` and the exported ``lora/`` or ``pipeline/``.
+
+    Args:
+        evaluate: called before and after training, and every ``evaluation.every`` steps.
+        resume: continue a run found in the folder; otherwise a folder that holds one is an error.
+        reward: a reward object, in place of the recipe's name.
+
+    Raises:
+        ConfigError: the folder holds a different run, or one that ``resume=False`` would lose.
+    """
+    folder = make_directory(config.output_dir)
+    previous = _claim(config, folder, resume)
+    trainer = build(config, folder, reward)
+    main = trainer.accelerator.is_main_process
+    if main and not previous:
+        atomic_write_text(folder / "config.yaml", dump_yaml(config))
+    if config.trackers:
+        trainer.accelerator.init_trackers("mmalign", config={"hash": run_hash(config)})
+    if trainer.resume():
+        say(f"resuming {folder} at step {trainer.step} of {config.steps}")
+    elif evaluate is not None:
+        _evaluate(trainer, evaluate, "before")
+    _write_run(trainer, folder)
+    with Progress(config.steps, trainer.step, enabled=main) as progress:
+        trainer.run(lambda t, step: _after_step(t, step, progress, evaluate))
+    if main:
+        trainer.model.export(folder)
+    if evaluate is not None:
+        _evaluate(trainer, evaluate, "after")
+    _write_run(trainer, folder, finished=True)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.end_training()
+    return folder
+
+
+def _after_step(
+    trainer: Trainer, step: int, progress: Progress, evaluate: Evaluate | None
+) -> None:
+    progress.update(step, trainer.last)
+    every = trainer.config.evaluation.every
+    if evaluate is not None and every and step % every == 0 and step < trainer.config.steps:
+        _evaluate(trainer, evaluate, f"step_{step:06d}")
+
+
+def _evaluate(trainer: Trainer, evaluate: Evaluate, label: str) -> None:
+    """Evaluate on the main process, under the averaged weights where an average is kept."""
+    if trainer.config.evaluation.enabled and trainer.accelerator.is_main_process:
+        with trainer.model.averaged():
+            evaluate(trainer.policy, trainer.config, trainer.folder / "eval" / label, label)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _claim(config: TrainConfig, folder: Path, resume: bool) -> bool:
+    """Whether the folder holds this run already; refuses to mix runs."""
+    path = folder / "config.yaml"
+    if not path.is_file():
+        leftovers = [p.name for p in folder.iterdir() if p.name in ("checkpoints", "metrics.jsonl")]
+        if leftovers:
+            raise ConfigError(
+                f"output_dir {folder} holds {', '.join(leftovers)} but no config.yaml, so it "
+                "cannot be told which run they belong to; choose another output_dir"
+            )
+        return False
+    if not resume:
+        raise ConfigError(
+            f"output_dir {folder} already holds a run; choose another output_dir, remove it, or "
+            "resume it (the default)"
+        )
+    held = from_dict(TrainConfig, load_yaml(path))
+    if run_hash(held) != run_hash(config):
+        raise ConfigError(
+            f"output_dir {folder} holds a different run ({_difference(held, config)}); choose "
+            "another output_dir or remove it"
+        )
+    return True
+
+
+def _difference(held: TrainConfig, wanted: TrainConfig) -> str:
+    a, b = _flat(asdict(held)), _flat(asdict(wanted))
+    changed = [
+        f"{k} is {a.get(k)!r} there and {b.get(k)!r} here"
+        for k in sorted(a.keys() | b.keys())
+        if a.get(k) != b.get(k) and k.split(".")[0] not in RESUMABLE_CHANGES
+    ]
+    return "; ".join(changed[:4])
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _write_run(trainer: Trainer, folder: Path, finished: bool = False) -> None:
+    if not trainer.accelerator.is_main_process:
+        return
+    config = trainer.config
+    atomic_write_json(
+        folder / "run.json",
+        {
+            "config_hash": run_hash(config),
+            "policy": trainer.policy.name,
+            "reward": trainer.reward.identity,
+            "finished": finished,
+            "steps": trainer.step,
+            "seconds": trainer.seconds,
+            "nfe": trainer.nfe,
+            "images": config.batch * trainer.step,
+            "trainable_parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "processes": trainer.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "launched_by_accelerate": "ACCELERATE_MIXED_PRECISION" in os.environ,
+            "versions": environment(),
+        },
+    )
+
+
+def _weights_dtype(config: TrainConfig) -> torch.dtype:
+    """Frozen weights under LoRA take the autocast precision on a GPU; trained ones stay fp32."""
+    half = config.model.precision in ("bf16", "fp16") and config.model.adapter == "lora"
+    if half and pick_device(config.device).type == "cuda":
+        return torch.bfloat16 if config.model.precision == "bf16" else torch.float16
+    return torch.float32
+
+
+def with_output(config: TrainConfig, output_dir: str | None) -> TrainConfig:
+    """The configuration with another output folder, if one is given."""
+    return config if output_dir is None else replace(config, output_dir=output_dir)

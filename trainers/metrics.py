@@ -1,0 +1,59 @@
+"""What a step reports: reward, advantage, ratio, KL and gradient statistics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.types import Score
+from trainers.advantages import group_statistics, zero_spread_share
+from trainers.update import Totals
+
+
+def score_metrics(score: Score, groups: Tensor, advantage: Tensor) -> dict[str, float]:
+    """Reward mean, deviations and parts over the scored samples of a step."""
+    values = score.value[score.valid]
+    metrics = {"reward/valid": float(score.valid.float().mean())}
+    if len(values):
+        _, spread = group_statistics(score.value, score.valid, groups)
+        metrics["reward/mean"] = float(values.mean())
+        metrics["reward/std"] = float(values.std(unbiased=False))
+        metrics["reward/group_std"] = float(spread.mean())
+    for name, part in score.parts.items():
+        known = part[torch.isfinite(part)]
+        if len(known):
+            metrics[f"reward/part/{name}"] = float(known.mean())
+    metrics["zero_spread"] = zero_spread_share(score.value, score.valid, groups)
+    metrics["advantage/abs_mean"] = float(advantage.abs().mean())
+    return metrics
+
+
+def update_metrics(results: list[tuple[Totals, float]], accelerator: Any) -> dict[str, float]:
+    """Means over the samples, steps and processes of all updates of one rollout."""
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
+    deviation = 0.0
+    for totals, _ in _all(results, accelerator):
+        deviation = max(deviation, totals.ratio_deviation)
+        for name in totals.sums:
+            sums[name] = sums.get(name, 0.0) + totals.sums[name]
+            counts[name] = counts.get(name, 0.0) + totals.counts[name]
+    means = {n: sums[n] / counts[n] for n in sums if counts[n]}
+    metrics = {_NAMES.get(n, n): v for n, v in means.items() if "/" not in n}
+    metrics |= {f"by_step/{n}": v for n, v in means.items() if "/" in n}
+    metrics["ratio/max_deviation"] = deviation
+    metrics["grad_norm"] = sum(norm for _, norm in results) / max(len(results), 1)
+    return metrics
+
+
+_NAMES = {"ratio": "ratio/mean", "clip": "clip_fraction"}
+
+
+def _all(results: list[tuple[Totals, float]], accelerator: Any) -> list[tuple[Totals, float]]:
+    if accelerator.num_processes == 1:
+        return results
+    from accelerate.utils import gather_object
+
+    return list(gather_object(results))

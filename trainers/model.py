@@ -1,0 +1,171 @@
+"""The trainable side of a policy: adapter or full weights, reference, EMA, export."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmalign.config import ConfigError
+from mmalign.runtime.device import set_attention_backend
+from mmalign.runtime.files import atomic_directory
+from trainers.config import ModelConfig
+
+
+class TrainableModel:
+    """Prepares a policy's denoiser for training and knows its three versions.
+
+    The *current* weights are what the policy uses; :meth:`reference` switches to the weights
+    before training (the adapter off, or a frozen copy); :meth:`averaged` to the moving average.
+
+    Raises:
+        ConfigError: the LoRA targets match no module of this network.
+    """
+
+    def __init__(self, policy: Any, config: ModelConfig, needs_reference: bool) -> None:
+        self.policy, self.config = policy, config
+        self.network: nn.Module = policy.denoiser
+        for component in policy.pipeline.components.values():
+            if isinstance(component, nn.Module):
+                component.requires_grad_(False)
+        set_attention_backend(self.network, config.attention)
+        if config.gradient_checkpointing:
+            self.network.enable_gradient_checkpointing()  # type: ignore[operator]
+        self._frozen: nn.Module | None = None
+        if config.adapter == "lora":
+            self._add_lora()
+        else:
+            if needs_reference:
+                self._frozen = copy.deepcopy(self.network).eval()
+            self.network.requires_grad_(True)
+            self.network.float()
+        self.ema: dict[str, Tensor] = {}
+        if config.ema_decay > 0:
+            self.ema = {n: p.detach().clone() for n, p in self.named_parameters()}
+
+    def _add_lora(self) -> None:
+        from peft import LoraConfig
+
+        targets = self.config.lora_targets
+        names = [n for n, _ in self.network.named_modules()]
+        if not any(n.endswith(t) for n in names for t in targets):
+            raise ConfigError(
+                f"model.lora_targets {targets} match no module of "
+                f"{type(self.network).__name__}; its linear layers end in, for example, "
+                f"{', '.join(sorted({n.split('.', 2)[-1] for n in names if 'attn' in n})[:8])}"
+            )
+        lora = LoraConfig(
+            r=self.config.lora_rank,
+            lora_alpha=self.config.lora_alpha,
+            init_lora_weights="gaussian",
+            target_modules=list(targets),
+        )
+        self.network.add_adapter(lora)  # type: ignore[operator]
+        for parameter in self.parameters():
+            parameter.data = parameter.data.float()
+
+    def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
+        """Trainable parameters in a fixed order."""
+        return [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Trainable parameters in a fixed order."""
+        return [p for _, p in self.named_parameters()]
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """Within, the policy is the model before training; restored even after exceptions."""
+        if self.config.adapter == "lora":
+            self.network.disable_adapters()  # type: ignore[operator]
+            try:
+                yield
+            finally:
+                self.network.enable_adapters()  # type: ignore[operator]
+            return
+        if self._frozen is None:
+            raise RuntimeError("no frozen copy was kept: the objective declared no reference need")
+        self.policy.denoiser = self._frozen
+        try:
+            yield
+        finally:
+            self.policy.denoiser = self.network
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the policy uses the moving average of its weights, if one is kept."""
+        if not self.ema:
+            yield
+            return
+        current = {n: p.detach().clone() for n, p in self.named_parameters()}
+        self._load(self.ema)
+        try:
+            yield
+        finally:
+            self._load(current)
+
+    @torch.no_grad()
+    def _load(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.named_parameters():
+            parameter.copy_(values[name])
+
+    @torch.no_grad()
+    def update_ema(self, updates: int) -> None:
+        """Move the average towards the current weights, every ``ema_every`` optimiser updates."""
+        if not self.ema or updates % self.config.ema_every:
+            return
+        for name, parameter in self.named_parameters():
+            self.ema[name].lerp_(parameter, 1 - self.config.ema_decay)
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Trainable weights and their average."""
+        weights = {n: p.detach() for n, p in self.named_parameters()}
+        return {"weights": weights, "ema": self.ema}
+
+    def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
+        """Restore :meth:`state_dict`. Raises ``KeyError`` on a missing parameter."""
+        self._load(state["weights"])
+        for name, value in state["ema"].items():
+            self.ema[name].copy_(value)
+
+    def export(self, folder: Path) -> Path:
+        """Write what users load: ``lora/`` for ``pipe.load_lora_weights`` or ``pipeline/``.
+
+        The averaged weights are written where an average is kept.
+        """
+        with self.averaged():
+            if self.config.adapter == "lora":
+                return self._export_lora(folder / "lora")
+            target = folder / "pipeline"
+            with atomic_directory(target) as partial:
+                self.policy.pipeline.save_pretrained(partial)
+                self._copy_sampler(partial)
+            return target
+
+    def _export_lora(self, target: Path) -> Path:
+        from peft.utils import get_peft_model_state_dict
+
+        config = self.network.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
+        with atomic_directory(target) as partial:
+            type(self.policy.pipeline).save_lora_weights(
+                partial,
+                transformer_lora_layers=get_peft_model_state_dict(self.network),
+                transformer_lora_adapter_metadata=_plain(config),
+            )
+        return target
+
+    def _copy_sampler(self, target: Path) -> None:
+        from mmalign.policies.sd3 import SAMPLER_FILE
+
+        source = Path(str(getattr(self.policy.pipeline, "name_or_path", "") or ""))
+        if (source / SAMPLER_FILE).is_file():
+            (target / SAMPLER_FILE).write_bytes((source / SAMPLER_FILE).read_bytes())
+
+
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """The adapter configuration as JSON can hold it: sets become sorted lists."""
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
