@@ -5,6 +5,7 @@ This is where the packages of the suite are put together; each is imported when 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,8 +140,10 @@ def evaluate(
         ValueError: options that do not go together.
     """
     from eval.harness import run_benchmark
+    from mmalign.policies.load import policy_on
+    from mmalign.runtime.device import pick_dtype
 
-    loaded = _policy(policy, device, lora)
+    loaded = policy_on(policy, device, lora)
     result = run_benchmark(
         loaded,
         _benchmark(benchmark, samples_per_prompt),
@@ -149,7 +152,7 @@ def evaluate(
         guidance_scale=guidance_scale,
         batch_size=batch_size,
         limit=limit,
-        dtype=_precision(dtype, loaded),
+        dtype=pick_dtype(dtype, loaded.device) if isinstance(dtype, str) else dtype,
         progress=progress,
         label=label,
     )
@@ -206,78 +209,104 @@ def steer(
         UnknownNameError: unknown policy, reward, method or option; names the nearest.
         ValueError: the reward cannot judge what the policy makes, or scored no candidate.
     """
+    from mmalign.policies.load import policy_on
+    from mmalign.steering import build_steerer
     from vision_rewards.factory import load_reward
     from vision_rewards.guard import GuardedReward
 
-    steerer = _steerer(method, seed, options)
+    steerer = build_steerer(method, seed, options)
     model = GuardedReward(load_reward(reward), max_failed_share=1.0)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return steerer.run(_policy(policy, device, lora), model, texts)  # type: ignore[no-any-return]
-
-
-def _steerer(method: Any, seed: int | None, options: Mapping[str, Any]) -> Any:
-    import inspect
-
-    from mmalign.registry import STEERERS, unknown
-
-    if not isinstance(method, str):
-        given = [*options, *(["seed"] if seed is not None else [])]
-        if given:
-            raise ValueError(f"{', '.join(given)}: set it in the method object itself")
-        return method
-    cls = STEERERS.load(method)
-    known = inspect.signature(cls).parameters
-    for name in options:
-        if name not in known:
-            raise unknown(f"option of steering method {method!r}:", name, known)
-    return cls(seed=seed or 0, **options)
+    return steerer.run(policy_on(policy, device, lora), model, texts)  # type: ignore[no-any-return]
 
 
 # --- train ------------------------------------------------------------------------------------
 
 
 def train(
-    recipe: str | Path,
+    recipe: str | Path | Mapping[str, Any],
     overrides: Sequence[str] = (),
     *,
     output_dir: str | Path | None = None,
+    reward: Any = None,
     preflight: bool = True,
     resume: bool = True,
     report: bool = True,
-) -> Any:
-    """Align a generator as a recipe says.
+) -> Path:
+    """Align a generator as a recipe says; returns the output folder.
 
     ::
 
-        mmalign.train("shapes_flow_grpo", ["lr=1e-4"], output_dir="runs/a")
+        mmalign.train("shapes_flow_grpo", ["optim.lr=1e-4"], output_dir="runs/a")
 
     Args:
-        recipe: a YAML file, or the name of a shipped recipe.
+        recipe: a YAML file, the name of a shipped recipe, or a mapping of settings.
         overrides: ``a.b=c`` assignments.
-        output_dir: where the run is written.
-        preflight: check the recipe with one rollout before training.
-        resume: continue an earlier run in ``output_dir``.
-        report: write an HTML report at the end.
-    """
-    from trainers.entry import train as run
+        output_dir: where the run is written; the recipe's by default.
+        reward: a reward model or function, in place of the recipe's.
+        preflight: check the recipe with one rollout before a new run.
+        resume: continue an earlier run in ``output_dir``; without it, such a run is an error.
+        report: write ``report.html`` at the end.
 
-    return run(
-        recipe, overrides, output_dir=output_dir, preflight=preflight, resume=resume, report=report
+    Raises:
+        ConfigError: an unusable recipe, or a folder that holds another run.
+        PreflightError: the recipe would not train; says why.
+    """
+    from mmalign.runtime.log import say
+    from trainers import entry
+    from trainers.preflight import PreflightError
+
+    wanted = entry.resolve_recipe(recipe, overrides)
+    config = entry.with_output(wanted, None if output_dir is None else str(output_dir))
+    if preflight and not (Path(config.output_dir) / "config.yaml").is_file():
+        checks = entry.run_preflight(config, reward)
+        if not checks.ok:
+            raise PreflightError(f"the recipe would not train:\n{checks.failures}")
+        say(f"preflight: {len(checks.checks)} checks passed")
+    folder = entry.train(config, evaluate=_evaluate_in_training, resume=resume, reward=reward)
+    if report and os.environ.get("RANK", "0") == "0":
+        from eval.report import training_report
+
+        say(f"report written to {training_report(folder)}")
+    return folder
+
+
+def _evaluate_in_training(policy: Policy, config: Any, folder: Path, label: str) -> None:
+    """The evaluation of a training run: the trainer knows nothing of benchmarks."""
+    from eval.harness import run_benchmark
+    from mmalign.registry import BENCHMARKS
+    from mmalign.runtime.device import pick_dtype
+
+    dials = config.evaluation
+    benchmark = BENCHMARKS.load(dials.benchmark)(
+        prompts_per_task=dials.prompts_per_task, samples_per_prompt=dials.samples_per_prompt
+    )
+    run_benchmark(
+        policy,
+        benchmark,
+        folder,
+        steps=dials.steps,
+        guidance_scale=dials.guidance_scale,
+        batch_size=dials.batch_size,
+        dtype=pick_dtype(config.model.precision, policy.device),
+        label=label,
     )
 
 
-def preflight(recipe: str | Path, overrides: Sequence[str] = ()) -> Any:
+def preflight(
+    recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = (), *, reward: Any = None
+) -> Any:
     """Check a recipe with one rollout and one replay, without training."""
-    from trainers.entry import preflight as run
+    from trainers import entry
 
-    return run(recipe, overrides)
+    return entry.run_preflight(entry.resolve_recipe(recipe, overrides), reward)
 
 
-def resolve_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Any:
+def resolve_recipe(recipe: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Any:
     """The recipe's configuration as it would run."""
-    from trainers.entry import resolve_recipe as run
+    from trainers.entry import resolve_recipe as resolve
 
-    return run(recipe, overrides)
+    return resolve(recipe, overrides)
 
 
 def bench(policy: Any, **options: Any) -> Any:
@@ -352,30 +381,3 @@ def report(run: str | Path, *, out: str | Path | None = None) -> Path:
         f"{folder} holds neither a training run (config.yaml, run.json, metrics.jsonl) nor an "
         "evaluation (result.json)"
     )
-
-
-# --- shared -----------------------------------------------------------------------------------
-
-
-def _policy(source: Any, device: str, lora: str | Path | None) -> Policy:
-    """A policy on ``device``; objects stay where they are under ``auto``."""
-    import os
-
-    from mmalign.policies.load import load_policy
-    from mmalign.protocols import Policy
-    from mmalign.runtime.device import pick_device
-
-    named = isinstance(source, (str, os.PathLike))
-    where = pick_device(device) if named or device != "auto" else None
-    if isinstance(source, Policy):
-        if lora is not None:
-            raise ValueError(f"load the LoRA {lora} into the pipeline before making a policy of it")
-        if where is not None and where.type != source.device.type:
-            raise ValueError(f"{source.name} is on {source.device}, not on {where}: move it first")
-    return load_policy(source, device=where, lora=lora)
-
-
-def _precision(dtype: str | torch.dtype | None, policy: Policy) -> torch.dtype | None:
-    from mmalign.runtime.device import pick_dtype
-
-    return pick_dtype(dtype, policy.device) if isinstance(dtype, str) else dtype

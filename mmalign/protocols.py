@@ -47,6 +47,11 @@ class Policy(Protocol):
         """The network that :meth:`predict` calls and that training changes."""
         ...
 
+    @property
+    def unused_modules(self) -> tuple[str, ...]:
+        """Name prefixes of layers whose output is discarded; they are left out of training."""
+        ...
+
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts, with the unconditional branch. Raises ``ValueError`` on a prompt that
         does not fit the text encoder, naming it."""

@@ -51,7 +51,7 @@ class Media:
         return len(self.data)
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Media:
-        return Media(self.data[rows])
+        return Media(self.data[_index(rows, len(self))])
 
     @property
     def kind(self) -> MediaKind:
@@ -98,8 +98,9 @@ class Conditioning:
         return len(next(iter(self.positive.values())))
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Conditioning:
-        negative = self.negative and {k: v[rows] for k, v in self.negative.items()}
-        return Conditioning({k: v[rows] for k, v in self.positive.items()}, negative)
+        index = _index(rows, len(self))
+        negative = self.negative and {k: v[index] for k, v in self.negative.items()}
+        return Conditioning({k: v[index] for k, v in self.positive.items()}, negative)
 
     @staticmethod
     def cat(parts: Sequence[Conditioning]) -> Conditioning:

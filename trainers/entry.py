@@ -28,6 +28,7 @@ from mmalign.runtime.seeds import seed_all
 from mmalign.runtime.versions import environment
 from trainers.config import RESUMABLE_CHANGES, TrainConfig
 from trainers.loop import Trainer
+from trainers.preflight import Report, preflight, small
 from trainers.progress import Progress
 from vision_rewards.factory import load_reward
 from vision_rewards.guard import GuardedReward
@@ -215,3 +216,9 @@ def _weights_dtype(config: TrainConfig) -> torch.dtype:
 def with_output(config: TrainConfig, output_dir: str | None) -> TrainConfig:
     """The configuration with another output folder, if one is given."""
     return config if output_dir is None else replace(config, output_dir=output_dir)
+
+
+def run_preflight(config: TrainConfig, reward: Any = None) -> Report:
+    """Build the recipe on a few samples and check it; see :mod:`trainers.preflight`."""
+    trainer = build(small(config), Path(config.output_dir), reward)
+    return preflight(trainer)

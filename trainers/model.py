@@ -44,6 +44,9 @@ class TrainableModel:
                 self._frozen = copy.deepcopy(self.network).eval()
             self.network.requires_grad_(True)
             self.network.float()
+            for name, parameter in self.network.named_parameters():
+                if name.startswith(tuple(policy.unused_modules)):
+                    parameter.requires_grad_(False)
         self.ema: dict[str, Tensor] = {}
         if config.ema_decay > 0:
             self.ema = {n: p.detach().clone() for n, p in self.named_parameters()}
@@ -64,6 +67,7 @@ class TrainableModel:
             lora_alpha=self.config.lora_alpha,
             init_lora_weights="gaussian",
             target_modules=list(targets),
+            exclude_modules=list(self.policy.unused_modules),
         )
         self.network.add_adapter(lora)  # type: ignore[operator]
         for parameter in self.parameters():

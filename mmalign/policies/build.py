@@ -1,12 +1,14 @@
-"""Builds small stock ``StableDiffusion3Pipeline`` objects: the shapes generator and tiny test models.
+"""Builds small stock ``StableDiffusion3Pipeline`` objects: the shapes generator and test models.
 
 Everything is a stock diffusers / transformers class; only the sizes are ours.
 """
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ WORDS = (
     + list(SHAPES)
     + ["crosses" if s == "cross" else s + "s" for s in SHAPES]
 )
+WORD_END = "</w>"  # how CLIP's byte-pair encoding marks a word's last piece
 PROMPT_TOKENS = 16  # the longest caption of the grammar has 13 words, plus start and end
 
 
@@ -36,6 +39,7 @@ class SD3Size:
     latent_channels: int = 4
     patch: int = 2
     shift: float = 1.0
+    shift_terminal: float | None = None
 
 
 def build_tokenizer() -> Any:
@@ -43,28 +47,45 @@ def build_tokenizer() -> Any:
 
     Build it once and save it: the ids are part of a trained model.
     """
-    from tokenizers import Tokenizer
-    from tokenizers.models import BPE
-    from tokenizers.pre_tokenizers import ByteLevel, Whitespace
-    from tokenizers.trainers import BpeTrainer
+    from tokenizers.pre_tokenizers import ByteLevel
     from transformers import CLIPTokenizer
 
     alphabet = sorted(ByteLevel.alphabet())
-    trained = Tokenizer(BPE(end_of_word_suffix="</w>"))
-    trained.pre_tokenizer = Whitespace()
-    trainer = BpeTrainer(
-        vocab_size=10_000,  # more than there are merges: training ends when every word is a token
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    trained.train_from_iterator(WORDS, trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
-    tokens = dict.fromkeys(alphabet + [c + "</w>" for c in alphabet] + [a + b for a, b in merges])
+    characters = alphabet + [c + WORD_END for c in alphabet]
+    merges = _merges(WORDS, alphabet)
+    tokens = dict.fromkeys(characters + [a + b for a, b in merges])
     vocab = {token: i for i, token in enumerate((*tokens, "<|startoftext|>", "<|endoftext|>"))}
     return CLIPTokenizer(
         vocab=vocab, merges=merges, model_max_length=PROMPT_TOKENS, pad_token="<|endoftext|>"
     )
+
+
+def _merges(words: Sequence[str], alphabet: Sequence[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges that make every word one token: most frequent first, ties by age.
+
+    The ``tokenizers`` trainer breaks ties differently from run to run, which would give a resumed
+    training other ids than the ones its embeddings were trained with.
+    """
+    ends = Counter(w[-1] + WORD_END for w in words)
+    age = {c: i for i, c in enumerate([*alphabet, *sorted(ends, key=lambda e: (-ends[e], e))])}
+    pieces = [[*w[:-1], w[-1] + WORD_END] for w in words]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for piece in pieces for pair in pairwise(piece)):
+        best = min(counts, key=lambda p: (-counts[p], age[p[0]], age[p[1]]))
+        merges.append(best)
+        age.setdefault("".join(best), len(age))
+        pieces = [_merged(piece, best) for piece in pieces]
+    return merges
+
+
+def _merged(piece: Sequence[str], pair: tuple[str, str]) -> list[str]:
+    out: list[str] = []
+    for part in piece:
+        if out and (out[-1], part) == pair:
+            out[-1] += part
+        else:
+            out.append(part)
+    return out
 
 
 def build_text_encoder(size: SD3Size, tokenizer: Any) -> Any:
@@ -115,7 +136,7 @@ def build_transformer(size: SD3Size) -> Any:
 
 
 def build_pipeline(size: SD3Size, vae: Any, seed: int = 0) -> Any:
-    """Assemble a stock ``StableDiffusion3Pipeline`` (no T5) around ``vae``, randomly initialised."""
+    """Assemble a random stock ``StableDiffusion3Pipeline`` (no T5) around ``vae``."""
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 
     with torch.random.fork_rng(devices=[]):
@@ -123,7 +144,9 @@ def build_pipeline(size: SD3Size, vae: Any, seed: int = 0) -> Any:
         tokenizer = build_tokenizer()
         return StableDiffusion3Pipeline(
             transformer=build_transformer(size),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=size.shift),
+            scheduler=FlowMatchEulerDiscreteScheduler(
+                shift=size.shift, shift_terminal=size.shift_terminal
+            ),
             vae=vae,
             text_encoder=build_text_encoder(size, tokenizer),
             tokenizer=tokenizer,

@@ -12,6 +12,7 @@ import torch
 from mmalign.assets import asset
 from mmalign.protocols import Policy
 from mmalign.registry import POLICIES, unknown
+from mmalign.runtime.device import pick_device
 
 # Shipped with the package: short name -> folder under assets/.
 SHIPPED = {"shapes-flow": "shapes-flow", "tiny-sd3": ""}
@@ -56,6 +57,23 @@ def load_policy(
     if wanted:
         source.to(*wanted)
     return POLICIES.load(family)(source, name=name)  # type: ignore[no-any-return]
+
+
+def policy_on(source: Any, device: str = "auto", lora: str | Path | None = None) -> Policy:
+    """:func:`load_policy` on a device by name; under ``auto`` objects stay where they are.
+
+    Raises:
+        ValueError: a policy object that is elsewhere, or that ``lora`` should still be loaded
+            into.
+    """
+    named = isinstance(source, (str, os.PathLike))
+    where = pick_device(device) if named or device != "auto" else None
+    if isinstance(source, Policy):
+        if lora is not None:
+            raise ValueError(f"load the LoRA {lora} into the pipeline before making a policy of it")
+        if where is not None and where.type != source.device.type:
+            raise ValueError(f"{source.name} is on {source.device}, not on {where}: move it first")
+    return load_policy(source, device=where, lora=lora)
 
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -62,6 +62,15 @@ class SD3Policy:
         self.pipeline.transformer = network
 
     @property
+    def unused_modules(self) -> tuple[str, ...]:
+        """Layers whose output the architecture discards: no gradient can ever reach them.
+
+        The last joint block drops its text stream, so its text queries are computed for nothing.
+        """
+        last = f"transformer_blocks.{len(self.pipeline.transformer.transformer_blocks) - 1}.attn"
+        return (f"{last}.add_q_proj", f"{last}.norm_added_q")
+
+    @property
     def identity(self) -> str:
         """Hash of the denoiser's weights, for provenance."""
         digest = hashlib.sha256()

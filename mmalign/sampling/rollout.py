@@ -11,7 +11,7 @@ from torch import Tensor
 from mmalign.protocols import Kernel, Policy
 from mmalign.sampling.generate import autocast, evaluations
 from mmalign.sampling.kernels import OdeKernel
-from mmalign.types import Conditioning, Media, Rollout, Step
+from mmalign.types import Conditioning, Rollout, Step
 
 
 @dataclass(frozen=True, kw_only=True)

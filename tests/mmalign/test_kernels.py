@@ -34,21 +34,19 @@ def pair(sigma: float, sigma_next: float) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.tensor(sigma), torch.tensor(sigma_next)
 
 
-def marginal(kernel, steps: int) -> tuple[float, float]:
-    """Mean and variance at sigma 0 from ``N(0, 1)``, exactly: every step is affine in ``x``."""
-    mean, variance = 0.0, 1.0
+def error(kernel, steps: int, start: float = 1.0) -> float:
+    """Error of mean and variance at sigma 0, exactly, as every step is affine in ``x``.
+
+    The grid begins at ``start``, in the true marginal there.
+    """
+    mean, variance = (1 - start) * M, (1 - start) ** 2 * Q + start**2
     probe = torch.tensor([[0.0], [1.0]])
-    for sigma, after in pairwise(torch.linspace(1, 0, steps + 1)):
+    for sigma, after in pairwise(torch.linspace(start, 0, steps + 1)):
         noise = None if not kernel.stochastic else torch.zeros_like(probe)
         step = kernel.step(probe, sigma, after, velocity(probe, sigma), noise)
         offset, slope = step.mean[0].item(), (step.mean[1] - step.mean[0]).item()
         mean, variance = offset + slope * mean, slope**2 * variance + float(step.std) ** 2
-    return mean, variance
-
-
-def distance(kernel, steps: int) -> float:
-    mean, variance = marginal(kernel, steps)
-    return max(abs(mean - M), abs(variance - Q))
+    return abs(mean - M) + abs(variance - Q)
 
 
 def test_every_kernel_keeps_the_protocol():
@@ -93,14 +91,39 @@ def test_clean_estimate_is_the_velocitys(name, options):
 # --- marginals ----------------------------------------------------------------------------------
 
 
-@stochastic
-def test_marginals_approach_the_data_as_steps_grow(name, options):
-    """The error of SDE and ODE falls like 1/T, so both reach the same distribution."""
-    kernel = build_kernel(name, **options)
-    errors = [distance(kernel, steps) for steps in (50, 200, 800)]
-    assert distance(OdeKernel(), 800) < 2e-3
-    assert errors[2] < 5e-3 and errors[1] < 0.4 * errors[0] and errors[2] < 0.4 * errors[1]
+@pytest.mark.parametrize(
+    ("kernel", "start"),
+    [
+        (OdeKernel(), 1.0),
+        (DanceSdeKernel(eta=0.3), 1.0),
+        (DanceSdeKernel(eta=1.0), 1.0),
+        # Flow-GRPO's coefficient is bounded below sigma 1 only; see the next test.
+        (FlowSdeKernel(noise_level=0.7), 0.9),
+    ],
+)
+def test_error_of_the_marginal_falls_like_one_over_steps(kernel, start):
+    """ODE and SDE reach the same distribution, the data's."""
+    errors = [error(kernel, steps, start) for steps in (50, 200, 800)]
     assert errors[0] > 2e-4  # few steps are not expected to agree
+    assert errors[1] < 0.32 * errors[0] and errors[2] < 0.32 * errors[1] and errors[2] < 2e-3
+
+
+def test_flow_grpos_marginal_from_pure_noise():
+    """Near sigma 1 its ``g^2 h`` tends to ``noise_level^2 / k`` at step ``k``, however fine the
+    grid, so the error falls slowly; but it is below the ODE's own at practical lengths."""
+    for steps in (10, 28, 50):
+        assert error(FlowSdeKernel(noise_level=0.7), steps) < error(OdeKernel(), steps)
+    assert error(FlowSdeKernel(noise_level=0.7), 800) < 2e-3
+
+
+def test_marginal_of_coefficient_preserving_sampling():
+    """A fixed noise level renews a fixed share of the noise at *every* step: more steps do not
+    bring the data's spread back (the mean is right). With a level that shrinks like
+    ``1 / sqrt(T)`` it is a discretised SDE like the others."""
+    fixed = [error(CpsKernel(noise_level=0.8), steps) for steps in (50, 800)]
+    assert 0.08 < fixed[1] < fixed[0] < 0.11
+    shrinking = [error(CpsKernel(noise_level=0.8 * (10 / s) ** 0.5), s) for s in (50, 200, 800)]
+    assert shrinking[1] < 0.32 * shrinking[0] and shrinking[2] < 0.32 * shrinking[1]
 
 
 @pytest.mark.parametrize("step", SIGMAS[1:])
@@ -158,7 +181,7 @@ def test_replay_is_bitwise(name, options):
 def test_kl_in_velocity_form(name):
     """``KL = (h / 2) (1 / g + g (1 - sigma) / (2 sigma))^2 mean (v - v_ref)^2``."""
     sigma, after = pair(0.6, 0.45)
-    x, v, reference = torch.randn(3, 2, 4, 5, 5, dtype=torch.float64).float()
+    x, v, reference = torch.randn(3, 2, 4, 5, 5)
     kernel = build_kernel(name)
     one, two = (kernel.step(x, sigma, after, u, torch.zeros_like(x)) for u in (v, reference))
     exact = kl_divergence(
@@ -167,7 +190,8 @@ def test_kl_in_velocity_form(name):
     h = 0.15
     g = float(one.std) / math.sqrt(h)
     factor = h / 2 * (1 / g + g * 0.4 / 1.2) ** 2
-    assert exact.mean().item() == pytest.approx(factor * (v - reference).square().mean().item(), rel=1e-4)
+    expected = factor * (v - reference).square().mean().item()
+    assert exact.mean().item() == pytest.approx(expected, rel=1e-4)
 
 
 @stochastic

@@ -171,7 +171,9 @@ def test_cache_encodes_each_prompt_once(tiny_policy, monkeypatch):
     cached = sample(tiny_policy, plan(), encode=cache, batch_size=4)
     assert sorted(asked) == sorted(set(PROMPTS))
     monkeypatch.undo()
-    torch.testing.assert_close(cached.final, sample(tiny_policy, plan()).final, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        cached.final, sample(tiny_policy, plan()).final, rtol=1e-4, atol=1e-5
+    )
 
 
 # --- records ------------------------------------------------------------------------------------
@@ -184,6 +186,7 @@ def test_indexing_and_joining(tiny_policy):
     assert picked.final.equal(rollout.final[[4, 0]])
     assert picked.media.data.equal(rollout.media.data[[4, 0]])
     assert len(picked.conditioning) == 2
+    assert rollout[(4, 0)].media.data.equal(picked.media.data)  # a tuple is rows, not axes
     mask = torch.tensor([False, True, False, False, False, True])
     assert rollout[mask].seeds == (12, 16) and rollout[mask].final.equal(rollout.final[mask])
     assert len(rollout[2:2]) == len(rollout[[]]) == 0

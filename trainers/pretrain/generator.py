@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.policies.build import PROMPT_TOKENS, SD3Size, build_pipeline
+from mmalign.policies.sd3 import SAMPLER_FILE
+from mmalign.runtime.files import atomic_write_json
 from trainers.pretrain.data import ensure_shards, load_captions
 from trainers.muon import Muon
 from trainers.pretrain.progress import atomic_save, say
@@ -221,12 +223,19 @@ def train_generator(config: GeneratorConfig, size: SD3Size | None = None) -> Pat
         if (step + 1) % 50 == 0:
             say(f"flow step {step + 1}/{config.steps} {_format(metrics)} shards {len(pool.latents)}")
     trained.load_state_dict(ema)
-    folder = Path(config.out) / "pipeline"
-    pipeline.save_pretrained(folder)
+    return export(pipeline, Path(config.out) / "pipeline")
+
+
+def export(pipeline: Any, folder: Path) -> Path:
+    """Write the finished pipeline as it is shipped: fp16 safetensors and the sampler file."""
+    pipeline.to(dtype=torch.float16).save_pretrained(folder)
+    atomic_write_json(folder / SAMPLER_FILE, RECOMMENDED)
     say(f"generator written to {folder}")
     return folder
 
 
+# What the evaluation of the finished model found best for its cost.
+RECOMMENDED = {"steps": 16, "guidance_scale": 3.0, "max_sequence_length": 0}
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 
 
