@@ -93,12 +93,27 @@ def _doctor(parser: Parser) -> None:
 
 
 def _bench(parser: Parser) -> None:
-    parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help="the generator")
+    text = "the generator, or random:sd3.5-medium for that architecture with random weights"
+    parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help=text)
     parser.add_argument("--device", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", help="auto, fp32, bf16 or fp16")
-    parser.add_argument("--batch-size", type=int, help="pictures generated at once")
-    parser.add_argument("--steps", type=int, help="sampling steps")
+    parser.add_argument("--batch-size", type=int, help="rows of a network call and of an update")
+    parser.add_argument("--images", type=int, help="images of the rollout (one batch)")
+    parser.add_argument("--steps", type=int, help="sampling steps (10)")
+    parser.add_argument("--guidance-scale", type=float, help="guidance (the policy's own)")
+    parser.add_argument("--size", type=int, help="side of the pictures in pixels (its own)")
+    parser.add_argument("--repeats", type=int, help="timings of each stage (3)")
+    parser.add_argument("--adapter", help="lora or full")
+    parser.add_argument("--lora-rank", type=int, help="rank of the adapter (32)")
+    parser.add_argument("--kl-beta", type=float, help="above 0 adds the reference pass (0)")
+    parser.add_argument("--reward", metavar="NAME[=WEIGHT],...", help="reward (shapes_partial)")
+    parser.add_argument("--attention", help="attention back-end (native)")
+    parser.add_argument(
+        "--gradient-checkpointing", action="store_const", const=True, help="recompute activations"
+    )
+    parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     parser.add_argument("--out", metavar="FILE", help="also write the JSON here")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
 def _report(parser: Parser) -> None:

@@ -211,7 +211,8 @@ class Rollout:
         conditioning: encoded prompts, one row per sample.
         guidance_scale: classifier-free guidance used by the sampling policy.
         policy_version: update count of the policy that sampled.
-        nfe: network evaluations spent, counting both branches of guidance.
+        nfe: network evaluations spent, counting both branches of guidance; a selection of rows
+            carries 0, because evaluations belong to the batch that made them.
     """
 
     prompts: tuple[str, ...]
@@ -245,14 +246,24 @@ class Rollout:
             final=self.final[index],
             media=None if self.media is None else self.media[index],
             conditioning=self.conditioning[index],
+            nfe=0,
         )
 
     @staticmethod
     def cat(parts: Sequence[Rollout]) -> Rollout:
         """Concatenate rollouts made with the same grid and recorded steps."""
         first = parts[0]
-        if any(p.steps != first.steps or not p.sigmas.equal(first.sigmas) for p in parts):
-            raise ValueError("rollouts with different grids or recorded steps cannot be joined")
+        for p in parts:
+            same = (p.steps, p.guidance_scale, p.policy_version) == (
+                first.steps,
+                first.guidance_scale,
+                first.policy_version,
+            )
+            if not same or not p.sigmas.equal(first.sigmas):
+                raise ValueError(
+                    "rollouts with different grids, recorded steps, guidance or policy versions "
+                    "cannot be joined"
+                )
         media = [p.media for p in parts if p.media is not None]
         return replace(
             first,

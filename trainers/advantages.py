@@ -18,7 +18,7 @@ Std = Literal["group", "global", "none"]
 
 def group_statistics(values: Tensor, valid: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population deviation of each sample's group, both ``(B,)``, over valid samples."""
-    _, index = torch.unique(groups, return_inverse=True)
+    _, index = torch.unique(groups.to(values.device), return_inverse=True)
     count = torch.zeros(int(index.max()) + 1, dtype=torch.float64, device=values.device)
     weight = valid.double()
     safe = torch.where(valid, values, 0.0).double()
@@ -116,6 +116,7 @@ def keep_extremes(advantage: Tensor, groups: Tensor, keep: int) -> Tensor:
     if keep % 2 or keep < 2:
         raise ValueError(f"keep must be an even number of at least 2, got {keep}")
     mask = torch.zeros_like(advantage, dtype=torch.bool)
+    groups = groups.to(advantage.device)
     for group in torch.unique(groups):
         rows = torch.nonzero(groups == group).flatten()
         order = rows[torch.argsort(advantage[rows], stable=True)]

@@ -19,10 +19,37 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     """Write ``folder/step_<step>`` atomically and remove all but the newest ``keep``."""
     target = folder / f"step_{step:06d}"
     with atomic_directory(target) as partial:
-        torch.save({**state, "step": step, "rng": rng_state()}, partial / FILE)
+        _write({**state, "step": step, "rng": rng_state()}, partial / FILE)
     for old in existing(folder)[:-keep]:
         shutil.rmtree(old)
     return target
+
+
+class _Stream:
+    """A file for ``torch.save``, which hides why a write failed; this remembers."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file
+        self.flush = file.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return int(self.file.write(data))
+        except OSError as error:
+            self.error = error
+            raise
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    with path.open("wb") as file:
+        stream = _Stream(file)
+        try:
+            torch.save(state, stream)
+        except RuntimeError:
+            if stream.error is not None:
+                raise stream.error from None
+            raise
 
 
 def existing(folder: Path) -> list[Path]:

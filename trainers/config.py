@@ -51,10 +51,12 @@ class RolloutConfig:
     ``train`` chooses the trained steps: ``all`` but the last; the first ``fraction`` of them; or
     a random ``window`` of that many steps starting in ``window_start`` (Flow-GRPO-Fast), drawn
     anew each update. Noise is added on trained steps only when a window is used, else on all.
-    ``shared_noise`` gives the images of one prompt the same initial noise (DanceGRPO).
+    ``shared_noise`` gives the images of one prompt the same initial noise (DanceGRPO). ``size`` is
+    the side of the pictures in pixels, in evaluation too; ``None`` takes the policy's own.
     """
 
     steps: int = 10
+    size: int | None = None
     guidance_scale: float | None = None
     kernel: str = "flow_sde"
     kernel_options: Mapping[str, float] = field(default_factory=dict)
@@ -67,6 +69,8 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         _positive("rollout.steps", self.steps - 1, "at least 2")
+        if self.size is not None and (self.size < 16 or self.size % 16):
+            raise ConfigError(f"rollout.size is {self.size}; it must be a multiple of 16 pixels")
         if not 0 < self.fraction <= 1:
             raise ConfigError(f"rollout.fraction is {self.fraction}; it must lie in (0, 1]")
         low, high = self.window_start

@@ -103,6 +103,7 @@ def train(
     if config.trackers:
         trainer.accelerator.init_trackers("mmalign", config={"hash": run_hash(config)})
     if trainer.resume():
+        _keep_earlier_evaluation(folder, trainer)
         say(f"resuming {folder} at step {trainer.step} of {config.steps}")
     elif evaluate is not None:
         _evaluate(trainer, evaluate, "before")
@@ -133,6 +134,15 @@ def _evaluate(trainer: Trainer, evaluate: Evaluate, label: str) -> None:
     if trainer.config.evaluation.enabled and trainer.accelerator.is_main_process:
         with trainer.model.averaged():
             evaluate(trainer.policy, trainer.config, trainer.folder / "eval" / label, label)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _keep_earlier_evaluation(folder: Path, trainer: Trainer) -> None:
+    """A run extended past its end keeps its old final evaluation under its step number."""
+    final = folder / "eval" / "after"
+    main = trainer.accelerator.is_main_process
+    if main and final.is_dir() and trainer.step < trainer.config.steps:
+        final.rename(folder / "eval" / f"step_{trainer.step:06d}")
     trainer.accelerator.wait_for_everyone()
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mmalign.config import ConfigError
 from mmalign.protocols import Policy, RewardModel
 from mmalign.runtime.device import pick_dtype
 from mmalign.runtime.log import JsonlLog
@@ -55,6 +57,13 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.reward = config, policy, reward
         self.accelerator, self.folder = accelerator, folder
+        if config.batch < accelerator.num_processes:
+            raise ConfigError(
+                f"{config.batch} images a step cannot be shared by {accelerator.num_processes} "
+                "processes; raise prompts_per_step or images_per_prompt"
+            )
+        if (side := config.rollout.size) is not None:
+            policy.sampler = replace(policy.sampler, height=side, width=side)
         objective = build_objective(config.algorithm, dict(config.objective))
         kernel = build_kernel(config.rollout.kernel, **dict(config.rollout.kernel_options))
         self.dtype = pick_dtype(config.model.precision, policy.device)
@@ -79,7 +88,8 @@ class Trainer:
 
     def resume(self) -> bool:
         """Continue from the newest complete checkpoint, if there is one."""
-        state = checkpoint.load_latest(self.folder / "checkpoints", self.policy.device)
+        with self.accelerator.main_process_first():  # it may have to tidy up after a kill
+            state = checkpoint.load_latest(self.folder / "checkpoints", self.policy.device)
         if state is None:
             return False
         self.model.load_state_dict(state["model"])
@@ -133,8 +143,9 @@ class Trainer:
         """One rollout and its updates; returns the metrics of the step."""
         start, spent = time.perf_counter(), self.update.nfe
         rollout, nfe = self.sample(self.step)
+        _refuse_broken(rollout)
         sampled = time.perf_counter()
-        score, valid, groups = self.score(rollout)
+        score, _, groups = self.score(rollout)
         advantage = self.advantages(rollout, score, groups)
         keep = self._keep(advantage, groups)
         scored = time.perf_counter()
@@ -201,9 +212,7 @@ class Trainer:
             rows = rows_of_step(self.config, self.prompts, self.step)
             advantage = self.tracker(score.value, score.valid, rows.prompts)
         elif c.combine == "advantages" and len(weights) > 1:
-            advantage = combined_advantage(
-                score.parts, weights, score.valid, groups, c.std, c.eps
-            )
+            advantage = combined_advantage(score.parts, weights, score.valid, groups, c.std, c.eps)
         else:
             advantage = group_advantage(score.value, score.valid, groups, c.std, c.eps)
         return advantage.clamp(-c.clip, c.clip)
@@ -246,6 +255,15 @@ class Trainer:
             return value
         total = torch.tensor(float(value), device=self.accelerator.device, dtype=torch.float64)
         return int(self.accelerator.reduce(total, reduction="sum"))
+
+
+def _refuse_broken(rollout: Rollout) -> None:
+    """A reward may well score what NaN latents decode to; nothing later would notice."""
+    if not (torch.isfinite(rollout.log_probs).all() and torch.isfinite(rollout.final).all()):
+        raise TrainingError(
+            "the rollout holds NaN or infinity: the weights are broken or the precision is too "
+            "small. The last checkpoint is intact; lower optim.lr, or use model.precision fp32"
+        )
 
 
 __all__ = ["Trainer", "TrainingError"]

@@ -30,10 +30,13 @@ class TrainableModel:
     def __init__(self, policy: Any, config: ModelConfig, needs_reference: bool) -> None:
         self.policy, self.config = policy, config
         self.network: nn.Module = policy.denoiser
-        for component in policy.pipeline.components.values():
+        # A policy need not stand on a pipeline; where it does, its other networks stay as they are.
+        components = getattr(getattr(policy, "pipeline", None), "components", {})
+        for component in (self.network, *components.values()):
             if isinstance(component, nn.Module):
                 component.requires_grad_(False)
-        set_attention_backend(self.network, config.attention)
+        if config.attention != "native" or hasattr(self.network, "set_attention_backend"):
+            set_attention_backend(self.network, config.attention)
         if config.gradient_checkpointing:
             self.network.enable_gradient_checkpointing()  # type: ignore[operator]
         self._frozen: nn.Module | None = None
@@ -56,11 +59,13 @@ class TrainableModel:
 
         targets = self.config.lora_targets
         names = [n for n, _ in self.network.named_modules()]
-        if not any(n.endswith(t) for n in names for t in targets):
+        if not any(n == t or n.endswith(f".{t}") for n in names for t in targets):
+            linear = [n for n, m in self.network.named_modules() if isinstance(m, nn.Linear)]
+            endings = {n.split(".", 2)[-1] for n in linear if "attn" in n} or set(linear)
             raise ConfigError(
                 f"model.lora_targets {targets} match no module of "
                 f"{type(self.network).__name__}; its linear layers end in, for example, "
-                f"{', '.join(sorted({n.split('.', 2)[-1] for n in names if 'attn' in n})[:8])}"
+                f"{', '.join(sorted(endings)[:8])}"
             )
         lora = LoraConfig(
             r=self.config.lora_rank,

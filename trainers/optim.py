@@ -35,7 +35,8 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
-    blocks, rest = [], []
+    blocks: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         matrix = parameter.ndim == 2 and "blocks" in name and "norm" not in name
         (blocks if matrix else rest).append(parameter)

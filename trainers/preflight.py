@@ -95,21 +95,23 @@ def _finite(rollout: Rollout) -> Check:
 
 @torch.no_grad()
 def _ratio(trainer: Trainer, rollout: Rollout) -> Check:
-    worst = 0.0
+    deviations = []
     for index in range(len(rollout.steps)):
         step, _ = replay(trainer.policy, rollout, index, trainer.kernel, dtype=trainer.dtype)
         assert step.log_prob is not None
-        worst = max(worst, float((step.log_prob - rollout.log_probs[:, index]).abs().max()))
+        deviations.append((step.log_prob - rollout.log_probs[:, index]).abs().max())
+    worst = float(torch.stack(deviations).max())  # NaN, where there is one, unlike Python's max
     clip = float(getattr(trainer.update.objective, "clip_range", 1e-4))
     full = trainer.dtype in (None, torch.float32)
     limit = 1e-6 if full else clip / 2
     detail = f"largest |log ratio| before any update {worst:.2e} (allowed {limit:.0e})"
-    if worst > limit:
+    ok = worst <= limit
+    if not ok:
         detail += (
             "; rollout and replay disagree, so clipping would act on rounding. Use "
             "model.precision fp32, or a wider objective.clip_range"
         )
-    return Check("replay ratio is 1", worst <= limit, detail)
+    return Check("replay ratio is 1", ok, detail)
 
 
 def _scored(score: Score) -> Check:
@@ -185,5 +187,3 @@ def _memory(trainer: Trainer) -> Check:
     if not ok:
         detail += "; lower optim.micro_batch or set model.gradient_checkpointing"
     return Check("memory", ok, detail)
-
-

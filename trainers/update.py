@@ -102,9 +102,7 @@ class Updater:
         norm = self._step()
         return totals, norm
 
-    def _accumulate(
-        self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: int
-    ) -> Totals:
+    def _accumulate(self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: int) -> Totals:
         totals = Totals()
         # Without a KL a zero advantage has no gradient: such rows cost a pass and teach nothing.
         trained = keep if self.objective.needs else keep & (advantages != 0)
@@ -112,7 +110,7 @@ class Updater:
         denominator = count * len(rollout.steps)
         self.policy.denoiser.eval()  # dropout would break the ratio
         for index, k in enumerate(rollout.steps):
-            for chunk in rows.split(self.micro_batch):
+            for chunk in rows.split(self.micro_batch) if len(rows) else ():
                 loss, metrics = self._loss(rollout[chunk], advantages[chunk], index)
                 value = loss.sum() / denominator
                 if not torch.isfinite(value):
@@ -153,6 +151,11 @@ class Updater:
 
     def _step(self) -> float:
         parameters = self.model.parameters()
+        # Without a gradient an optimiser skips a parameter, momentum and decay included. Zeros
+        # make that the same on any number of processes, where somebody else may have had rows.
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         if self.accelerator.num_processes > 1:
             self._sum_gradients(parameters)
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
@@ -166,9 +169,9 @@ class Updater:
         return norm
 
     def _sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes in one transfer; a process without rows adds zeros."""
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="sum")
+        """Sum gradients over processes in one transfer."""
+        grads = [p.grad.flatten() for p in parameters if p.grad is not None]
+        flat = self.accelerator.reduce(torch.cat(grads), reduction="sum")
         at = 0
         for p in parameters:
             p.grad = flat[at : at + p.numel()].view_as(p).clone()

@@ -6,14 +6,62 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from mmalign.commands.common import given
+from mmalign.commands.common import given, reward_spec, table
+
+_OPTIONS = (
+    "device", "dtype", "batch_size", "images", "steps", "guidance_scale", "size", "repeats",
+    "adapter", "lora_rank", "kl_beta", "attention", "gradient_checkpointing", "threads", "out",
+)  # fmt: skip
 
 
 def run(args: Namespace) -> int:
-    """Measure and print JSON; ``--out`` also writes it."""
+    """Measure and print a table, or JSON; ``--out`` also writes the JSON."""
     from mmalign import api
 
-    names = ("device", "dtype", "batch_size", "steps", "out")
-    options: dict[str, Any] = given(**{n: getattr(args, n) for n in names})
-    print(json.dumps(api.bench(args.policy, **options), indent=2))
+    options: dict[str, Any] = given(**{n: getattr(args, n) for n in _OPTIONS})
+    if args.reward is not None:
+        options["reward"] = reward_spec(args.reward)
+    result = api.bench(args.policy, **options)
+    print(json.dumps(result, indent=2) if args.json else summary(result))
     return 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The measurement as a table of stages, with settings above and memory below."""
+    s, memory, ceiling = result["settings"], result["memory"], result["matmul"]
+    title = (
+        f"{result['policy']} on {s['device']} in {s['dtype']}, {s['width']} x {s['height']} px, "
+        f"batch {s['batch_size']}, {s['images']} images, {s['steps']} steps, "
+        f"guidance {s['guidance_scale']:g}, {s['threads']} threads"
+    )
+    rows = [row for n, stage in result["stages"].items() if stage for row in _rows(n, stage)]
+    head = ["stage", "unit", "count", "a second", "lowest", "highest", "TFLOP/s", "of matmul"]
+    peaks = {n: memory[f"{n}_peak_bytes"] / 1e9 for n in ("rollout", "update")}
+    count = result["parameters"]
+    return "\n".join(
+        (
+            title,
+            table(rows, head),
+            f"training step: {result['step']['seconds']:.3f} s, "
+            f"{result['step']['images_per_second']:.3f} images/s",
+            f"matrix product: {ceiling['tflops']:.3g} TFLOP/s ({ceiling['side']} square)",
+            f"peak memory ({memory['kind'].replace('_', ' ')}): rollout {peaks['rollout']:.2f} GB, "
+            f"update {peaks['update']:.2f} GB",
+            f"parameters: {count['denoiser']:,}, of these or added {count['trainable']:,} trained",
+        )
+    )
+
+
+def _rows(name: str, stage: dict[str, Any]) -> list[list[object]]:
+    rows: list[list[object]] = []
+    for unit, rate in stage["per_second"].items():
+        work = [name, unit.replace("_", " "), stage["work"][unit]]
+        rates = [_short(rate[k]) for k in ("median", "min", "max")]
+        rows.append([*work, *rates, None, None])
+    if "tflops" in stage:
+        rows[-1][-2:] = [_short(stage["tflops"]), f"{stage['share_of_matmul']:.1%}"]
+    return rows
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"

@@ -34,6 +34,7 @@ class SD3Policy:
     def __init__(
         self, pipeline: Any, *, name: str = "", max_sequence_length: int | None = None
     ) -> None:
+        _check_scheduler(pipeline.scheduler)
         self.pipeline = pipeline
         self.name = name or str(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__)
         recommended = _recommended(pipeline)
@@ -156,14 +157,18 @@ class SD3Policy:
         return Media((pixels.float() / 2 + 0.5).clamp(0, 1))
 
     def _check_length(self, prompts: Sequence[str]) -> None:
-        limit = self.pipeline.tokenizer_max_length
-        for prompt in prompts:
-            count = len(self.pipeline.tokenizer(prompt).input_ids)
-            if count > limit:
-                raise ValueError(
-                    f"prompt has {count} tokens but the text encoder of {self.name} takes {limit} "
-                    f"(start and end included): {prompt!r}. Shorten it by {count - limit} tokens."
-                )
+        limits = [(self.pipeline.tokenizer, self.pipeline.tokenizer_max_length)]
+        if self.pipeline.tokenizer_3 is not None:
+            limits.append((self.pipeline.tokenizer_3, self.max_sequence_length))
+        for tokenizer, limit in limits:
+            for prompt in prompts:
+                count = len(tokenizer(prompt).input_ids)
+                if count > limit:
+                    raise ValueError(
+                        f"prompt has {count} tokens but a text encoder of {self.name} takes "
+                        f"{limit} (start and end included): {prompt!r}. "
+                        f"Shorten it by {count - limit} tokens."
+                    )
 
     def _dynamic_shift(self) -> float:
         from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
@@ -179,6 +184,17 @@ class SD3Policy:
             config.get("max_image_seq_len", 4096),
             config.get("base_shift", 0.5),
             config.get("max_shift", 1.16),
+        )
+
+
+def _check_scheduler(scheduler: Any) -> None:
+    """Only the deterministic Euler flow scheduler: the suite adds its own noise."""
+    kind = type(scheduler).__name__
+    if kind != "FlowMatchEulerDiscreteScheduler" or scheduler.config.get("stochastic_sampling"):
+        raise ValueError(
+            f"the SD3 policy needs a FlowMatchEulerDiscreteScheduler without stochastic_sampling, "
+            f"got {kind}; set pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config("
+            "pipeline.scheduler.config)"
         )
 
 

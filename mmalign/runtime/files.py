@@ -6,6 +6,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
+    errno.EFBIG: "the file size limit is reached",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
@@ -42,12 +44,21 @@ def storage_errors(path: str | Path) -> Iterator[None]:
         yield
     except StorageError:
         raise
-    except OSError as error:
-        if error.errno not in _REASONS:
+    except Exception as error:
+        number = _error_number(error)
+        if number not in _REASONS:
             raise
         free = free_bytes(path) / 1e6
-        text = f"cannot write {path}: {_REASONS[error.errno]} ({free:,.1f} MB free there)"
-        raise StorageError(error.errno, text) from error
+        text = f"cannot write {path}: {_REASONS[number]} ({free:,.1f} MB free there)"
+        raise StorageError(number, text) from error
+
+
+def _error_number(error: Exception) -> int:
+    """The system's number of an error; safetensors, written in Rust, gives it as text only."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
 
 
 def make_directory(path: str | Path) -> Path:

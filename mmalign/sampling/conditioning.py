@@ -12,10 +12,12 @@ from mmalign.types import Conditioning
 class ConditioningCache:
     """Encodes each distinct prompt once and keeps it, least recently used first out.
 
-    Valid while the text encoders are frozen, which every trainer here assumes.
+    Valid while the text encoders are frozen, which every trainer here assumes.  Each prompt is
+    encoded by itself: in a batch its embedding would depend, in the last bits, on the prompts
+    that happened to be missing with it, and a resumed run misses others than one never stopped.
 
     Args:
-        policy: encodes what is missing, in one batch.
+        policy: encodes what is missing.
         max_bytes: memory the cached embeddings may take.
     """
 
@@ -26,12 +28,9 @@ class ConditioningCache:
 
     def __call__(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning with one row per prompt, repeats included."""
-        missing = [p for p in dict.fromkeys(prompts) if p not in self._rows]
-        if missing:
-            encoded = self.policy.encode(missing)
-            for i, prompt in enumerate(missing):
-                self._rows[prompt] = encoded[i : i + 1]
         for prompt in prompts:
+            if prompt not in self._rows:
+                self._rows[prompt] = self.policy.encode([prompt])
             self._rows.move_to_end(prompt)
         result = Conditioning.cat([self._rows[p] for p in prompts])
         self._trim()

@@ -145,6 +145,11 @@ class FlowSdeKernel(_GaussianKernel):
     noise_level: float = 0.7
     sigma_max: float | None = None
 
+    def __post_init__(self) -> None:
+        _not_negative("flow_sde noise_level", self.noise_level)
+        if self.sigma_max is not None and not 0 < self.sigma_max < 1:
+            raise ValueError(f"flow_sde sigma_max must lie in (0, 1), got {self.sigma_max}")
+
     def moments(
         self, x: Tensor, sigma: Tensor, sigma_next: Tensor, prediction: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -161,6 +166,9 @@ class DanceSdeKernel(_GaussianKernel):
     """DanceGRPO's SDE: the same step with a constant ``g = eta``."""
 
     eta: float = 0.3
+
+    def __post_init__(self) -> None:
+        _not_negative("dance_sde eta", self.eta)
 
     def moments(
         self, x: Tensor, sigma: Tensor, sigma_next: Tensor, prediction: Tensor
@@ -198,6 +206,11 @@ class CpsKernel(_GaussianKernel):
         eps_hat = x + (1 - sigma) * prediction
         kept = sigma_next * math.cos(self.noise_level * math.pi / 2)
         return (1 - sigma_next) * x0 + kept * eps_hat, std
+
+
+def _not_negative(name: str, value: float) -> None:
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, got {value}")
 
 
 def build_kernel(name: str, **options: Any) -> Any:

@@ -183,7 +183,7 @@ def test_preflight(api, capsys, ok):
 
 def test_bench_report_pretrain(api, capsys):
     api.answers.update(bench={"images_per_s": 2.0}, report="run/report.html", pretrain="out")
-    assert main(["bench", "--policy", "p", "--batch-size", "4"]) == 0
+    assert main(["bench", "--policy", "p", "--batch-size", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == {"images_per_s": 2.0}
     assert main(["report", "run"]) == 0 and main(["pretrain", "flow", "steps=3"]) == 0
     assert api.calls[0] == ("bench", ("p",), {"batch_size": 4})

@@ -1,0 +1,129 @@
+"""Two processes make the run that one process makes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from mmalign.config import dump_yaml
+from mmalign.runtime.log import read_jsonl
+from trainers import checkpoint, entry
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from trainers import entry
+from vision_rewards.function import FunctionReward
+
+def brightness(media, prompts):
+    return media.flatten(1).mean(1)
+
+reward = FunctionReward(brightness, takes="tensor")
+odd, even = (entry.resolve_recipe(file) for file in sys.argv[1:])
+trainer = entry.build(odd, Path(odd.output_dir), reward)
+share = Path(odd.output_dir).parent / f"share_{trainer.accelerator.process_index}"
+share.write_text(str(len(trainer.sample(0)[0])))
+trainer.run()
+entry.train(even, reward=reward)
+"""
+
+
+def recipes(kit, base: Path) -> list:
+    """9 images of which the 2 extremes of each prompt are trained on; 8 with a KL and guidance."""
+    common = {"model__adapter": "lora", "model__lora_rank": 4, "optim__lr": 1e-3, "steps": 2}
+    odd = {"prompts_per_step": 3, "images_per_prompt": 3, "advantage__keep": 2}
+    even = {"objective": {"kl_beta": 0.1}, "rollout__guidance_scale": 2.0, "model__ema_decay": 0.5}
+    split = {"optim__updates_per_rollout": 2}
+    return [
+        kit.cheap(base / "odd", **common, **odd),
+        kit.cheap(base / "even", **common, **even, **split),
+    ]
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def pair(kit, tmp_path_factory) -> SimpleNamespace:
+    """Folders of the same two runs, made by one process and by two."""
+    torch.set_num_threads(1)
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    files = []
+    for config in recipes(kit, two):
+        files.append(two / f"{Path(config.output_dir).name}.yaml")
+        files[-1].write_text(dump_yaml(config))
+    script = two / "run.py"
+    script.write_text(SCRIPT)
+    root = str(Path(entry.__file__).resolve().parents[1])
+    env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    launcher = "accelerate.commands.accelerate_cli"
+    # Without --multi_gpu accelerate starts one process only, as it does for --cpu; the recipe says
+    # device: cpu, which makes it a gloo group whatever the machine has.
+    options = ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    options += ["--main_process_port", str(free_port())]
+    command = [sys.executable, "-m", launcher, *options, str(script), *map(str, files)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    odd, even = recipes(kit, one)
+    entry.build(odd, Path(odd.output_dir), kit.brightness).run()
+    entry.train(even, reward=kit.brightness)
+    return SimpleNamespace(one=one, two=two)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Trained weights of the newest checkpoint."""
+    file = checkpoint.existing(folder / "checkpoints")[-1] / checkpoint.FILE
+    return torch.load(file, weights_only=True)["model"]["weights"]
+
+
+def test_both_processes_took_part(pair):
+    shares = {p.name: p.read_text() for p in pair.two.glob("share_*")}
+    assert shares == {"share_0": "4", "share_1": "5"}
+    run = json.loads((pair.two / "even" / "run.json").read_text())
+    assert run["processes"] == 2 and run["finished"] is True
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+def test_weights_agree(pair, name):
+    one, two = weights(pair.one / name), weights(pair.two / name)
+    start = {n: v for n, v in one.items() if "lora_B" in n}
+    assert all(v.abs().max() > 1e-4 for v in start.values())  # B starts at 0: it has moved
+    assert one.keys() == two.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+def test_exported_average_agrees(pair):
+    file = "even/lora/pytorch_lora_weights.safetensors"
+    one, two = load_file(pair.one / file), load_file(pair.two / file)
+    assert one.keys() == two.keys() and one
+    for key, value in one.items():
+        torch.testing.assert_close(two[key], value, rtol=1e-5, atol=1e-6, msg=key)
+
+
+@pytest.mark.parametrize("name", ["odd", "even"])
+def test_metrics_agree(pair, name):
+    one, two = (read_jsonl(base / name / "metrics.jsonl") for base in (pair.one, pair.two))
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2]
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        assert a["nfe"] == b["nfe"] and a["images"] == b["images"]
+        for key in a.keys() - {"seconds"}:
+            if not key.startswith("time/"):
+                assert b[key] == pytest.approx(a[key], rel=1e-4, abs=2e-6), key

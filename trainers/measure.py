@@ -1,0 +1,97 @@
+"""Clocks, memory and FLOP counters that the benchmark command measures with."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from mmalign.runtime.device import set_attention_backend
+
+
+class Memory:
+    """Peak memory: of torch's allocator on CUDA, else of the process (which never falls)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.kind = "cuda_allocated" if device.type == "cuda" else "process_resident"
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new peak; without effect where the peak is the process's."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def peak(self) -> int:
+        """Bytes since the last reset; on other devices than CUDA since the process began."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def timed(run: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
+    """Seconds of ``repeats`` calls, after one that does not count."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        _synchronise(device)
+        start = time.perf_counter()
+        run()
+        _synchronise(device)
+        seconds.append(time.perf_counter() - start)
+    return seconds
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def count_flops(run: Callable[[], Any]) -> int:
+    """Multiplications and additions of all matrix products and convolutions of one call."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    # Fused attention is not counted on every device; written out, it is.
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        run()
+    return int(counter.get_total_flops())
+
+
+@contextmanager
+def plain_attention(network: torch.nn.Module, backend: str) -> Iterator[None]:
+    """Within, attention is torch's own, which :func:`count_flops` sees, instead of ``backend``."""
+    if backend == "native":
+        yield
+        return
+    set_attention_backend(network, "native")
+    try:
+        yield
+    finally:
+        set_attention_backend(network, backend)
+
+
+@contextmanager
+def cpu_threads(count: int | None) -> Iterator[None]:
+    """Within, torch uses ``count`` threads; ``None`` changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
