@@ -148,12 +148,12 @@ class RewardModel(Protocol):
 
 @runtime_checkable
 class Objective(Protocol):
-    """One algorithm's mathematics: a loss over one micro-batch of one recorded step."""
+    """One algorithm's mathematics: a loss for each sample of a micro-batch of one step."""
 
     needs: frozenset[str]
 
     def loss(self, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss (scalar) and detached metrics."""
+        """Per-sample loss ``(b,)``, with gradient, and detached per-sample metrics."""
         ...
 
 

@@ -45,7 +45,7 @@ def _write(state: dict[str, Any], path: Path) -> None:
     with path.open("wb") as file:
         stream = _Stream(file)
         try:
-            torch.save(state, stream)
+            torch.save(state, stream)  # type: ignore[arg-type]
         except RuntimeError:
             if stream.error is not None:
                 raise stream.error from None
@@ -76,10 +76,11 @@ def load_latest(folder: Path, device: torch.device) -> dict[str, Any] | None:
 def rng_state() -> dict[str, Any]:
     """Global random states of Python, NumPy and torch, in types that load without pickle code."""
     name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    words = np.asarray(keys).astype(np.int64)
     version, internal, gauss = random.getstate()
     return {
         "python": [version, list(internal), gauss],
-        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [str(name), torch.from_numpy(words), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }

@@ -38,11 +38,11 @@ class GeneratorConfig:
     data: str = "shapes-cache"
     vae: str = "runs/shapes-vae/vae"
     out: str = "runs/shapes-flow"
-    shards: int = 16
-    first_shards: int = 4
-    steps: int = 9000
-    decay_share: float = 0.35
-    batch_size: int = 128
+    shards: int = 12
+    first_shards: int = 3
+    steps: int = 3900
+    decay_share: float = 0.42
+    batch_size: int = 96
     muon_lr: float = 2e-3
     adam_lr: float = 1e-3
     prompt_dropout: float = 0.1
@@ -181,13 +181,17 @@ def flow_loss(
 
 def make_optimizer(pipeline: Any, head: LayoutHead, config: GeneratorConfig) -> Muon:
     """Muon for the blocks' attention and feed-forward matrices, Adam for everything else."""
-    blocks, rest = [], []
+    blocks: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, p in pipeline.transformer.named_parameters():
         matrix = name.startswith("transformer_blocks") and p.ndim == 2 and "norm" not in name
         (blocks if matrix else rest).append(p)
     for module in (pipeline.text_encoder, pipeline.text_encoder_2, head):
         rest += list(module.parameters())
-    groups = [{"params": blocks, "weight_decay": 0.01}, {"params": rest, "adam": True}]
+    groups: list[dict[str, Any]] = [
+        {"params": blocks, "weight_decay": 0.01},
+        {"params": rest, "adam": True},
+    ]
     return Muon(groups, lr=config.muon_lr, adam_lr=config.adam_lr)
 
 
