@@ -26,11 +26,13 @@ class ModelConfig:
     """What is trained and in which precision.
 
     ``adapter`` is ``lora`` (peft, the reference is the adapter switched off) or ``full``.
-    ``lora_targets`` are module name endings. ``precision`` is the autocast type of rollout and
+    ``trainable`` restricts full training to parameters whose names contain one of these; empty
+    means all. ``lora_targets`` are module name endings. ``precision`` is the autocast type of rollout and
     update alike: they must agree for the policy ratio to start at 1.
     """
 
     adapter: Literal["lora", "full"] = "lora"
+    trainable: tuple[str, ...] = ()
     lora_rank: int = 32
     lora_alpha: int = 64
     lora_targets: tuple[str, ...] = (

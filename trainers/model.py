@@ -45,14 +45,24 @@ class TrainableModel:
         else:
             if needs_reference:
                 self._frozen = copy.deepcopy(self.network).eval()
-            self.network.requires_grad_(True)
-            self.network.float()
-            for name, parameter in self.network.named_parameters():
-                if name.startswith(tuple(policy.unused_modules)):
-                    parameter.requires_grad_(False)
+            self._free_weights()
         self.ema: dict[str, Tensor] = {}
         if config.ema_decay > 0:
             self.ema = {n: p.detach().clone() for n, p in self.named_parameters()}
+
+    def _free_weights(self) -> None:
+        """Let the chosen weights train, in fp32; what the architecture discards stays frozen."""
+        chosen, unused = self.config.trainable, tuple(self.policy.unused_modules)
+        self.network.float()
+        for name, parameter in self.network.named_parameters():
+            wanted = not chosen or any(part in name for part in chosen)
+            parameter.requires_grad_(wanted and not name.startswith(unused))
+        if not self.parameters():
+            names = sorted({n.split(".")[0] for n, _ in self.network.named_parameters()})
+            raise ConfigError(
+                f"model.trainable {chosen} matches no parameter of {type(self.network).__name__}; "
+                f"its parameter names begin with {', '.join(names)}"
+            )
 
     def _add_lora(self) -> None:
         from peft import LoraConfig

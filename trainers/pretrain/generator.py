@@ -239,7 +239,7 @@ def export(pipeline: Any, folder: Path) -> Path:
 
 
 # What the evaluation of the finished model found best for its cost.
-RECOMMENDED = {"steps": 16, "guidance_scale": 3.0, "max_sequence_length": 0}
+RECOMMENDED = {"steps": 16, "guidance_scale": 2.0, "max_sequence_length": 0}
 _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 
 
