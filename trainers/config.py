@@ -27,8 +27,8 @@ class ModelConfig:
 
     ``adapter`` is ``lora`` (peft, the reference is the adapter switched off) or ``full``.
     ``trainable`` restricts full training to parameters whose names contain one of these; empty
-    means all. ``lora_targets`` are module name endings. ``precision`` is the autocast type of rollout and
-    update alike: they must agree for the policy ratio to start at 1.
+    means all. ``lora_targets`` are module name endings. ``precision`` is the autocast type of
+    rollout and update alike: they must agree for the policy ratio to start at 1.
     """
 
     adapter: Literal["lora", "full"] = "lora"

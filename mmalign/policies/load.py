@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +58,8 @@ def load_policy(
         source.load_lora_weights(str(lora))
     wanted = [option for option in (device, dtype) if option is not None]
     if wanted:
-        source.to(*wanted)
+        with _quiet():
+            source.to(*wanted)
     return POLICIES.load(family)(source, name=name)  # type: ignore[no-any-return]
 
 
@@ -103,6 +107,31 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
     # Stock loading demands components that were absent on saving unless told they still are.
     entries = json.loads(index.read_text(encoding="utf-8"))
     absent = {k: None for k, v in entries.items() if isinstance(v, list) and v[0] is None}
-    return DiffusionPipeline.from_pretrained(
-        str(folder), torch_dtype=dtype, local_files_only=True, **absent
-    )
+    with _quiet():
+        return DiffusionPipeline.from_pretrained(
+            str(folder), torch_dtype=dtype, local_files_only=True, **absent
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and advice for a load that takes a moment; errors still show."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    levels = [log.get_verbosity() for log in logs]
+    bars = [log.is_progress_bar_enabled() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # The new name of torch_dtype is unknown to the older releases that are supported.
+            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
+            yield
+    finally:
+        for log, level, bar in zip(logs, levels, bars, strict=True):
+            log.set_verbosity(level)
+            if bar:
+                log.enable_progress_bar()

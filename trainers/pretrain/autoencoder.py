@@ -22,8 +22,8 @@ import numpy as np
 import torch
 
 from mmalign.shapes import TASKS, caption, render, sample_scene, sample_spec
-from trainers.pretrain.data import ensure_shards, load_images
 from trainers.muon import Muon
+from trainers.pretrain.data import ensure_shards, load_images
 from trainers.pretrain.progress import atomic_save, say
 from vision_rewards.shapes import verify
 

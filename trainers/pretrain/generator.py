@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from mmalign.policies.build import PROMPT_TOKENS, SD3Size, build_pipeline
 from mmalign.policies.sd3 import SAMPLER_FILE
 from mmalign.runtime.files import atomic_write_json
-from trainers.pretrain.data import ensure_shards, load_captions
 from trainers.muon import Muon
+from trainers.pretrain.data import ensure_shards, load_captions
 from trainers.pretrain.progress import atomic_save, say
 
 
@@ -225,7 +225,8 @@ def train_generator(config: GeneratorConfig, size: SD3Size | None = None) -> Pat
         optimizer.step()
         _update_ema(ema, trained, min(config.ema_decay, (step + 1) / (step + 10)))
         if (step + 1) % 50 == 0:
-            say(f"flow step {step + 1}/{config.steps} {_format(metrics)} shards {len(pool.latents)}")
+            seen = f"{_format(metrics)} shards {len(pool.latents)}"
+            say(f"flow step {step + 1}/{config.steps} {seen}")
     trained.load_state_dict(ema)
     return export(pipeline, Path(config.out) / "pipeline")
 
