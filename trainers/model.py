@@ -82,11 +82,16 @@ class TrainableModel:
             lora_alpha=self.config.lora_alpha,
             init_lora_weights="gaussian",
             target_modules=list(targets),
-            exclude_modules=list(self.policy.unused_modules),
+            exclude_modules=self._unused(names, targets) or None,
         )
         self.network.add_adapter(lora)  # type: ignore[operator]
         for parameter in self.parameters():
             parameter.data = parameter.data.float()
+
+    def _unused(self, names: list[str], targets: tuple[str, ...]) -> list[str]:
+        """The targeted layers whose output is discarded; naming others makes peft warn."""
+        unused = set(self.policy.unused_modules)
+        return [n for n in names if n in unused and any(n.endswith(f".{t}") for t in targets)]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """Trainable parameters in a fixed order."""

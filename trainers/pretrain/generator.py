@@ -12,6 +12,7 @@ are trained along.  Two additions make an hour of two CPU cores enough:
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -235,6 +236,11 @@ def export(pipeline: Any, folder: Path) -> Path:
     """Write the finished pipeline as it is shipped: fp16 safetensors and the sampler file."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     atomic_write_json(folder / SAMPLER_FILE, RECOMMENDED)
+    for path in folder.rglob("config.json"):
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        # Where the weights once lay on this machine is nobody's business.
+        settings.pop("_name_or_path", None)
+        atomic_write_json(path, settings)
     say(f"generator written to {folder}")
     return folder
 
