@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mmalign.protocols import Kernel, Policy
 from mmalign.runtime.log import say
+from mmalign.sampling.generate import evaluations
 from mmalign.sampling.rollout import replay
 from mmalign.types import Rollout, Step
 from trainers.model import TrainableModel
@@ -120,7 +121,8 @@ class Updater:
                     )
                 value.backward()
                 totals.add(metrics, str(k))
-                self.nfe += len(chunk) * (2 if rollout.guidance_scale > 1 else 1)
+                passes = 2 if "reference" in self.objective.needs else 1
+                self.nfe += passes * evaluations(len(chunk), rollout.guidance_scale)
         return totals
 
     def _loss(
