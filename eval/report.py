@@ -9,7 +9,7 @@ from eval.charts import Bars, bar_chart
 from eval.comparison import Verdict, comparison_chart, comparison_table, judge_pairs, words
 from eval.gallery import Pairs, card, fair_sample, grid, pair_card
 from eval.html import Child, Markup, duration, el, facts, page, percent, section, table
-from eval.result import EvalResult, Row, write_atomically
+from eval.result import EvalResult, Row
 from eval.run_folder import RunFolder, read_run
 from eval.statistics import Interval, fewest_changes
 from eval.training_sections import (
@@ -20,6 +20,7 @@ from eval.training_sections import (
     reward_section,
     tiles,
 )
+from mmalign.runtime.files import atomic_write_bytes
 
 PER_TASK = 4  # pairs of pictures shown for each task
 EXAMPLES = 8  # pictures in a gallery of fixed, broken, best or worst
@@ -49,7 +50,7 @@ def training_report(run_dir: Path | str, path: Path | str | None = None) -> Path
         _footer(),
     ]  # fmt: skip
     target = run.path / "report.html" if path is None else Path(path)
-    write_atomically(target, page(f"{title}: training report", *body).encode())
+    atomic_write_bytes(target, page(f"{title}: training report", *body).encode())
     return target
 
 
@@ -68,7 +69,7 @@ def evaluation_report(result: EvalResult, path: Path | str) -> Path:
         _footer(),
     ]
     target = Path(path)
-    write_atomically(target, page(f"{title}: evaluation report", *body).encode())
+    atomic_write_bytes(target, page(f"{title}: evaluation report", *body).encode())
     return target
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from eval.statistics import Interval, bootstrap_mean, bootstrap_task_mean
+from mmalign.runtime.files import atomic_write_bytes
 
 FORMAT = 1  # of result.json
 
@@ -152,7 +152,7 @@ class EvalResult:
 
     def save(self, path: Path) -> None:
         """Write atomically."""
-        write_atomically(path, self.to_json().encode())
+        atomic_write_bytes(path, self.to_json().encode())
 
     @staticmethod
     def load(path: Path) -> EvalResult:
@@ -184,17 +184,6 @@ def summarise(rows: Sequence[Row]) -> tuple[dict[str, Summary], Summary]:
         unscored=sum(unscored.values()),
     )
     return tasks, overall
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` so that a kill leaves the old file or the new one, never half of either."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _values(rows: Sequence[Row]) -> tuple[list[float], list[str]]:

@@ -19,8 +19,9 @@ from typing import Any
 
 from PIL.Image import Image
 
-from eval.result import Row, write_atomically
+from eval.result import Row
 from mmalign.protocols import Request
+from mmalign.runtime.files import atomic_write_bytes
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a key becomes a file name
 
@@ -119,7 +120,7 @@ class Store:
             return None
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        write_atomically(self.folder / row.image, buffer.getvalue())
+        atomic_write_bytes(self.folder / row.image, buffer.getvalue())
         return hashlib.sha256(buffer.getvalue()).hexdigest()
 
     def _read(self) -> list[Sample]:
@@ -146,7 +147,7 @@ class Store:
         """Drop torn and unverified lines, so that appending starts on a clean line."""
         assert self.folder is not None
         text = "".join(s.line() for s in self._samples.values())
-        write_atomically(self.folder / "samples.jsonl", text.encode())
+        atomic_write_bytes(self.folder / "samples.jsonl", text.encode())
 
 
 def check_keys(requests: Sequence[Request]) -> None:
@@ -171,7 +172,7 @@ def _agree(folder: Path, settings: Mapping[str, Any]) -> None:
     path = folder / "settings.json"
     if not path.exists():
         text = json.dumps(dict(settings), indent=1, ensure_ascii=False)
-        write_atomically(path, text.encode())
+        atomic_write_bytes(path, text.encode())
         return
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))

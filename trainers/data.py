@@ -63,11 +63,15 @@ class Rows:
 
     def part(self, rank: int, world: int) -> Rows:
         """The contiguous share of process ``rank`` of ``world``."""
-        at = [round(len(self) * r / world) for r in (rank, rank + 1)]
-        rows = slice(*at)
+        rows = slice(*share(len(self), rank, world))
         return Rows(
             self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows]
         )
+
+
+def share(total: int, rank: int, world: int) -> tuple[int, int]:
+    """First row of process ``rank`` of ``world``, and the first row after its share."""
+    return round(total * rank / world), round(total * (rank + 1) / world)
 
 
 def rows_of_step(config: TrainConfig, source: PromptSource, step: int) -> Rows:

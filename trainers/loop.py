@@ -26,7 +26,7 @@ from trainers.advantages import (
     keep_extremes,
 )
 from trainers.config import TrainConfig
-from trainers.data import PromptSource, minibatches, recorded_steps, rows_of_step
+from trainers.data import PromptSource, minibatches, recorded_steps, rows_of_step, share
 from trainers.metrics import score_metrics, update_metrics
 from trainers.model import TrainableModel
 from trainers.objective import build_objective
@@ -225,7 +225,7 @@ class Trainer:
     def _updates(self, rollout: Rollout, advantage: Tensor, keep: Tensor) -> list[Any]:
         """All updates of one rollout; rows are numbered over all processes."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        low, high = (round(self.config.batch * r / world) for r in (rank, rank + 1))
+        low, high = share(self.config.batch, rank, world)
         results = []
         for rows in minibatches(self.config, self.step):
             local = rows[(rows >= low) & (rows < high)]

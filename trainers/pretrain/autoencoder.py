@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from mmalign.runtime.files import atomic_path
+from mmalign.runtime.log import say
 from mmalign.shapes import TASKS, caption, render, sample_scene, sample_spec
 from trainers.muon import Muon
 from trainers.pretrain.data import ensure_shards, load_images
-from trainers.pretrain.progress import atomic_save, say
 from vision_rewards.shapes import verify
 
 ARCHITECTURE: dict[str, Any] = {
@@ -80,7 +81,8 @@ def train_autoencoder(config: AutoencoderConfig) -> Path:
             say(f"vae step {step}/{config.steps} {metrics} {rate:.0f} img/s")
         if step % config.save_every == 0 or step == config.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            atomic_save(state, out / "state.pt")
+            with atomic_path(out / "state.pt") as partial:
+                torch.save(state, partial)
     return _finish(model, images, config, out / "vae")
 
 

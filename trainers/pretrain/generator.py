@@ -26,10 +26,10 @@ from torch import Tensor, nn
 
 from mmalign.policies.build import PROMPT_TOKENS, SD3Size, build_pipeline
 from mmalign.policies.sd3 import SAMPLER_FILE
-from mmalign.runtime.files import atomic_write_json
+from mmalign.runtime.files import atomic_path, atomic_write_json
+from mmalign.runtime.log import say
 from trainers.muon import Muon
 from trainers.pretrain.data import ensure_shards, load_captions
-from trainers.pretrain.progress import atomic_save, say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +278,9 @@ def _steps(
             rate = (step - first) * config.batch_size / (time.time() - start)
             say(f"saved at step {step}, {rate:.0f} img/s")
             state = {"model": trained.state_dict(), "head": head.state_dict(), "ema": ema}
-            atomic_save({**state, "optimizer": optimizer.state_dict(), "step": step}, path)
+            state |= {"optimizer": optimizer.state_dict(), "step": step}
+            with atomic_path(path) as partial:
+                torch.save(state, partial)
 
 
 @torch.no_grad()
