@@ -172,8 +172,12 @@ def _scalar(hint: Any, value: Any, key: str) -> Any:
     elif hint is Path:
         if isinstance(value, (str, Path)):
             return Path(value)
-    elif isinstance(hint, type) and isinstance(value, hint) and (
-        hint is bool or not isinstance(value, bool)  # True is an int only to Python
+    elif (
+        isinstance(hint, type)
+        and isinstance(value, hint)
+        and (
+            hint is bool or not isinstance(value, bool)  # True is an int only to Python
+        )
     ):
         return value
     raise ConfigError(_wrong(key, value, _describe(hint)))

@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from mmalign.reward_info import RewardInfo
 from mmalign.types import Conditioning, Media, MediaKind, Rollout, Score, Step
 
 Parameterisation = Literal["flow", "epsilon", "v"]
@@ -101,25 +102,6 @@ class Kernel(Protocol):
         is evaluated (replay).
         """
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class RewardInfo:
-    """What a reward model declares about itself.
-
-    ``range`` is (lowest, highest) with ``None`` for an open end; ``needs`` lists context keys.
-    """
-
-    name: str
-    media: tuple[MediaKind, ...] = ("image",)
-    scope: Literal["pointwise", "pairwise", "group"] = "pointwise"
-    differentiable: bool = False
-    deterministic: bool = True
-    needs: tuple[str, ...] = ("prompt",)
-    range: tuple[float | None, float | None] = (None, None)
-    summary: str = ""
-    source: str = ""
-    licence: str = ""
 
 
 @runtime_checkable

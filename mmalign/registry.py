@@ -28,27 +28,39 @@ class Entry:
     name: str
     target: str
     summary: str
+    info: Any = None
 
 
 class Registry:
     """``name -> "module:attribute"``; the module is imported on :meth:`load` only."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, catalogue: str = "") -> None:
+        """``catalogue`` names a tuple of ``(target, declaration)``, read at the first lookup."""
         self.kind = kind
         self._entries: dict[str, Entry] = {}
+        self._catalogue = catalogue
 
-    def add(self, name: str, target: str, summary: str = "") -> None:
+    def _read_catalogue(self) -> None:
+        module, _, attribute = self._catalogue.partition(":")
+        self._catalogue = ""
+        for target, info in getattr(importlib.import_module(module), attribute) if module else ():
+            self.add(info.name, target, info.summary, info)
+
+    def add(self, name: str, target: str, summary: str = "", info: Any = None) -> None:
         """Register ``target`` (``"package.module:attribute"``) under ``name``.
+
+        ``info`` is what the object declares about itself, where that is known without loading it.
 
         Raises:
             ValueError: the name is taken by another target, or the target is malformed.
         """
         if target.count(":") != 1:
             raise ValueError(f"target {target!r} must look like 'package.module:attribute'")
+        self._read_catalogue()
         taken = self._entries.get(name)
         if taken is not None and taken.target != target:
             raise ValueError(f"{self.kind} {name!r} is already registered as {taken.target}")
-        self._entries[name] = Entry(name, target, summary)
+        self._entries[name] = Entry(name, target, summary, info)
 
     def load(self, name: str) -> Any:
         """Import and return the registered object.
@@ -56,19 +68,21 @@ class Registry:
         Raises:
             UnknownNameError: with the nearest known names.
         """
-        if name not in self._entries:
+        if name not in self:
             raise unknown(self.kind, name, self._entries)
         module, attribute = self._entries[name].target.split(":")
         return getattr(importlib.import_module(module), attribute)
 
     def __contains__(self, name: object) -> bool:
+        self._read_catalogue()
         return name in self._entries
 
     def __iter__(self) -> Iterator[Entry]:
+        self._read_catalogue()
         return iter(sorted(self._entries.values(), key=lambda e: e.name))
 
 
-REWARDS = Registry("reward")
+REWARDS = Registry("reward", "vision_rewards.cards:CARDS")
 POLICIES = Registry("policy family")
 OBJECTIVES = Registry("objective")
 STEERERS = Registry("steering method")
@@ -87,11 +101,3 @@ POLICIES.add("sd3", "mmalign.policies.sd3:SD3Policy", "Stable Diffusion 3 / 3.5 
 OBJECTIVES.add("flow_grpo", "trainers.flow_grpo:FlowGrpo", "clipped policy gradient per step")
 STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")
 BENCHMARKS.add("shapes", "eval.benchmarks.shapes:ShapesBenchmark", "six GenEval tasks, offline")
-
-for _name, _target, _summary in (
-    ("shapes_strict", "vision_rewards.shapes:ShapesStrict", "shapes verifier, 0 or 1"),
-    ("shapes_partial", "vision_rewards.shapes:ShapesPartial", "shapes verifier, partial credit"),
-    ("jpeg_compressibility", "vision_rewards.jpeg:JpegCompressibility", "small JPEG is better"),
-    ("jpeg_incompressibility", "vision_rewards.jpeg:JpegIncompressibility", "large JPEG is better"),
-):
-    REWARDS.add(_name, _target, _summary)

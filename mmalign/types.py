@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from mmalign.reward_info import MediaKind
+
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-MediaKind = Literal["image", "video"]
 
 
 def _index(rows: slice | Sequence[int] | Tensor, length: int) -> Tensor:

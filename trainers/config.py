@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from mmalign.config import ConfigError
 
@@ -131,7 +131,7 @@ class TrainConfig:
     policy: str
     algorithm: str = "flow_grpo"
     objective: Mapping[str, object] = field(default_factory=dict)
-    reward: str | Mapping[str, float] = "shapes_partial"
+    reward: str | Mapping[str, Any] = "shapes_partial"
     output_dir: str = "runs/train"
     seed: int = 0
     steps: int = 100

@@ -64,9 +64,7 @@ class Rows:
     def part(self, rank: int, world: int) -> Rows:
         """The contiguous share of process ``rank`` of ``world``."""
         rows = slice(*share(len(self), rank, world))
-        return Rows(
-            self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows]
-        )
+        return Rows(self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows])
 
 
 def share(total: int, rank: int, world: int) -> tuple[int, int]:

@@ -120,9 +120,7 @@ def train(
     return folder
 
 
-def _after_step(
-    trainer: Trainer, step: int, progress: Progress, evaluate: Evaluate | None
-) -> None:
+def _after_step(trainer: Trainer, step: int, progress: Progress, evaluate: Evaluate | None) -> None:
     progress.update(step, trainer.last)
     every = trainer.config.evaluation.every
     if evaluate is not None and every and step % every == 0 and step < trainer.config.steps:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -27,15 +28,22 @@ def load_reward(spec: Loadable) -> RewardModel:
     Args:
         spec: one of
 
-            * a registered name, e.g. ``"shapes_partial"``;
+            * a registered name, e.g. ``"shapes_partial"``, and ``"name@checkpoint"`` for other
+              weights than the published ones;
+            * several with weights: ``"pickscore + 0.5*shapes_partial"``;
             * ``"path/to/file.py:name"`` or ``"package.module:name"``: the user's own function,
               reward model, or class of reward models. The file is executed;
-            * a reward model (returned as it is) or a function ``fn(images, prompts[, context])``;
-            * ``{name: weight}``, or ``{label: (spec, weight)}``: a weighted sum;
-            * a list of the above: a sum in which each weighs 1.
+            * a folder with ``reward.json``: a reward model made by ``mmalign train-reward``;
+            * ``"remote:http://host:port"``: a reward server, or several with commas between;
+            * ``{"reward": name, "checkpoint": ..., option: value}``: with options;
+            * ``{"compose": kind, "parts": ..., option: value}``: a composition;
+            * ``{name: weight}``, ``{label: (spec, weight)}`` or ``{label: {"reward": ...,
+              "weight": ...}}``: a weighted sum;
+            * a list of the above: a sum in which each weighs 1;
+            * a reward model (returned as it is) or a function ``fn(images, prompts[, context])``.
 
     Raises:
-        UnknownNameError: a name that is not registered or not in the file; names the nearest.
+        UnknownNameError: an unknown name or option; names the nearest.
         ValueError: an empty or malformed composition, or an unusable weight.
         FileNotFoundError: the file of a ``"file.py:name"`` does not exist.
         TypeError: ``spec`` is none of the above.
@@ -43,25 +51,67 @@ def load_reward(spec: Loadable) -> RewardModel:
     from mmalign.protocols import RewardModel
 
     if isinstance(spec, str):
-        return _from_name(spec)
+        return _from_text(spec)
     if isinstance(spec, Mapping):
+        if "compose" in spec:
+            return _composed(spec)
+        if "reward" in spec and not isinstance(spec["reward"], (int, float)):
+            options = {k: v for k, v in spec.items() if k not in ("reward", "weight")}
+            return _from_name(spec["reward"], options)
         return _weighted(spec)
     if isinstance(spec, Sequence):
         return _summed(spec)
     return _from_object(spec, repr(spec), RewardModel)
 
 
-def _from_name(name: str) -> RewardModel:
-    from mmalign.protocols import RewardModel
+def _from_text(text: str) -> RewardModel:
+    from vision_rewards.spec import parse_spec
 
-    if name in REWARDS or ":" not in name:
-        return _from_object(REWARDS.load(name), name, RewardModel)
+    weights = parse_spec(text)
+    if list(weights.values()) == [1.0]:
+        return _from_name(next(iter(weights)), {})
+    return _weighted(weights)
+
+
+def _from_name(name: Any, options: Mapping[str, Any]) -> RewardModel:
+    from mmalign.protocols import RewardModel
+    from vision_rewards.spec import split_checkpoint
+
+    if not isinstance(name, str):
+        return _from_object(name, repr(name), RewardModel)
+    if name.startswith("remote:"):
+        return _made("vision_rewards.serving.client:RemoteReward", name, options, name[7:])
+    if (Path(name) / "reward.json").is_file():
+        return _made("vision_rewards.training.trained:load_trained", name, options, name)
+    bare, checkpoint = split_checkpoint(name)
+    if bare in REWARDS:
+        given = {} if checkpoint is None else {"checkpoint": checkpoint}
+        return _from_object(REWARDS.load(bare), name, RewardModel, {**given, **options})
     where, _, attribute = name.rpartition(":")
+    if not where:
+        REWARDS.load(bare)  # raises, with the nearest names
     module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
     if not hasattr(module, attribute):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise unknown(f"reward in {where!r}", attribute, public)
-    return _from_object(getattr(module, attribute), name, RewardModel)
+    return _from_object(getattr(module, attribute), name, RewardModel, options)
+
+
+def _made(target: str, said: str, options: Mapping[str, Any], first: Any) -> RewardModel:
+    module, _, attribute = target.partition(":")
+    maker = getattr(importlib.import_module(module), attribute)
+    return cast("RewardModel", maker(first, **_accepted(maker, said, options)))
+
+
+def _accepted(maker: Any, said: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """``options``, where ``maker`` knows them all."""
+    parameters = inspect.signature(maker).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return options
+    for option in options:
+        if option not in (names := [p.name for p in parameters]):
+            raise unknown(f"option of reward {said!r}", option, names)
+    return options
 
 
 def _from_file(path: Path) -> Any:
@@ -75,10 +125,14 @@ def _from_file(path: Path) -> Any:
     return module
 
 
-def _from_object(found: Any, said: str, protocol: type) -> RewardModel:
+def _from_object(
+    found: Any, said: str, protocol: type, options: Mapping[str, Any] | None = None
+) -> RewardModel:
     """``found`` itself, an instance of it, or a wrapper around it."""
+    if options and not isinstance(found, type):
+        raise ValueError(f"{said} takes no options, got {', '.join(options)}: it is ready made")
     if isinstance(found, type):  # before the protocol: a class has the protocol's names as well
-        found = found()
+        found = found(**_accepted(found, said, options or {}))
         if not isinstance(found, protocol):
             raise TypeError(f"{said} is a class, but not of reward models: see RewardModel")
     if isinstance(found, protocol):
@@ -96,13 +150,39 @@ def _from_object(found: Any, said: str, protocol: type) -> RewardModel:
 def _weighted(spec: Mapping[Any, Any]) -> RewardModel:
     from vision_rewards.compose import WeightedSum
 
+    return WeightedSum(_components(spec))
+
+
+def _components(spec: Mapping[Any, Any]) -> dict[str, tuple[RewardModel, float]]:
+    """``{label: (reward, weight)}`` of every way to write a mapping of parts."""
     components: dict[str, tuple[RewardModel, float]] = {}
     for name, given in spec.items():
-        part, weight = given if isinstance(given, (tuple, list)) else (name, given)
+        if isinstance(given, (tuple, list)) and len(given) == 2:
+            part, weight = given
+        elif isinstance(given, Mapping):
+            part, weight = given, given.get("weight", 1.0)
+        else:
+            part, weight = name, given
         if isinstance(weight, bool) or not isinstance(weight, (int, float)):
             raise ValueError(f"the weight of {name!r} must be a number, got {weight!r}")
         components[str(name)] = (load_reward(part), float(weight))
-    return WeightedSum(components)
+    return components
+
+
+def _composed(spec: Mapping[str, Any]) -> RewardModel:
+    """``{"compose": kind, "parts": {label: ...} or [spec, ...], option: value}``."""
+    from vision_rewards.compose import build  # type: ignore[attr-defined]
+
+    parts = spec.get("parts")
+    if isinstance(parts, (str, bytes)) or not isinstance(parts, (Mapping, Sequence)):
+        raise ValueError(f"composition {spec['compose']!r} needs parts: a mapping or a list")
+    if not isinstance(parts, Mapping):
+        loaded = [load_reward(part) for part in parts]
+        parts = {reward.info.name: (reward, 1.0) for reward in loaded}
+        if len(parts) != len(loaded):
+            raise ValueError("a reward is listed twice among parts; give labels: {label: reward}")
+    options = {k: v for k, v in spec.items() if k not in ("compose", "parts", "weight")}
+    return cast("RewardModel", build(spec["compose"], _components(parts), options))
 
 
 def _summed(spec: Sequence[Any]) -> RewardModel:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mmalign.protocols import RewardInfo
 from mmalign.types import Media, Score
+from vision_rewards.cards import info_of
 
 QUALITY = 95  # of the paper's code; chroma is subsampled 4:2:0, Pillow's and the paper's default
 BYTES_PER_KILOBYTE = 1000  # as in the paper's code
@@ -29,14 +29,7 @@ def jpeg_kilobytes(picture: Image.Image, quality: int = QUALITY) -> float:
 class JpegIncompressibility:
     """The size of the picture as a JPEG of quality 95, in kilobytes."""
 
-    info = RewardInfo(
-        name="jpeg_incompressibility",
-        needs=(),
-        range=(0.0, None),
-        summary="size as a JPEG in kilobytes: detailed pictures win",
-        source="DDPO, Black et al. 2023, arXiv:2305.13301",
-        licence="Apache-2.0",
-    )
+    info = info_of("jpeg_incompressibility")
     _sign = 1.0
 
     @property
@@ -75,12 +68,5 @@ class JpegIncompressibility:
 class JpegCompressibility(JpegIncompressibility):
     """Minus the size of the picture as a JPEG of quality 95, in kilobytes."""
 
-    info = RewardInfo(
-        name="jpeg_compressibility",
-        needs=(),
-        range=(None, 0.0),
-        summary="minus the size as a JPEG in kilobytes: plain pictures win",
-        source="DDPO, Black et al. 2023, arXiv:2305.13301",
-        licence="Apache-2.0",
-    )
+    info = info_of("jpeg_compressibility")
     _sign = -1.0

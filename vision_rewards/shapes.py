@@ -22,6 +22,7 @@ from mmalign.shapes import COLORS, SHAPES, CaptionError, ObjectSpec, PromptSpec,
 from mmalign.shapes.scene import related
 from mmalign.types import Media, Score
 from vision_rewards import shapes_vision
+from vision_rewards.cards import info_of
 from vision_rewards.shapes_vision import Detection, View, look
 
 VERSION = "1"  # part of the identity: a changed rule is a changed version
@@ -295,13 +296,7 @@ class _ShapesReward:
 class ShapesStrict(_ShapesReward):
     """1 where the picture shows exactly what the prompt asks for, else 0."""
 
-    info = RewardInfo(
-        name="shapes_strict",
-        range=(0.0, 1.0),
-        summary="shapes-world verifier: GenEval's rules on an exact inventory, 0 or 1",
-        source="rules of GenEval, Ghosh et al. 2023, arXiv:2310.11513",
-        licence="Apache-2.0",
-    )
+    info = info_of("shapes_strict")
 
     def _read(self, verdict: Verdict) -> tuple[float, Mapping[str, float]]:
         return (float(verdict.strict) if verdict.valid else math.nan), verdict.parts
@@ -310,13 +305,7 @@ class ShapesStrict(_ShapesReward):
 class ShapesPartial(_ShapesReward):
     """Graded credit in [0, 1]: at least 0.9 exactly where :class:`ShapesStrict` says 1."""
 
-    info = RewardInfo(
-        name="shapes_partial",
-        range=(0.0, 1.0),
-        summary="shapes-world verifier with partial credit for shape, colour, count and position",
-        source="rules of GenEval, Ghosh et al. 2023, arXiv:2310.11513, graded",
-        licence="Apache-2.0",
-    )
+    info = info_of("shapes_partial")
 
     def _read(self, verdict: Verdict) -> tuple[float, Mapping[str, float]]:
         return verdict.partial, verdict.graded

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from mmalign.commands.common import given, reward_spec, table
+from mmalign.commands.common import given, table
 
 _OPTIONS = (
     "device", "dtype", "batch_size", "images", "steps", "guidance_scale", "size", "repeats",
@@ -20,7 +20,7 @@ def run(args: Namespace) -> int:
 
     options: dict[str, Any] = given(**{n: getattr(args, n) for n in _OPTIONS})
     if args.reward is not None:
-        options["reward"] = reward_spec(args.reward)
+        options["reward"] = args.reward
     result = api.bench(args.policy, **options)
     print(json.dumps(result, indent=2) if args.json else summary(result))
     return 0

@@ -1,10 +1,10 @@
-"""What several commands need: tables, prompts, pictures and reward specifications from text."""
+"""What several commands need: tables, prompts and pictures from text."""
 
 from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -67,26 +67,6 @@ def image_files(paths: Sequence[str]) -> list[Path]:
 def _natural(path: Path) -> list[tuple[int, str]]:
     parts = re.split(r"(\d+)", path.name)
     return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
-
-
-def reward_spec(text: str) -> str | Mapping[str, float]:
-    """``name`` as it is; ``a,b=0.5`` as weights by name (1 where none is given).
-
-    Raises:
-        CommandError: an empty or repeated name, or a weight that is not a number.
-    """
-    if "," not in text and "=" not in text:
-        return text
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, equals, weight = (p.strip() for p in part.partition("="))
-        if not name or name in weights:
-            raise CommandError(f"reward {text!r}: name {name!r} is empty or given twice")
-        try:
-            weights[name] = float(weight) if equals else 1.0
-        except ValueError as error:
-            raise CommandError(f"reward {text!r}: weight {weight!r} is not a number") from error
-    return weights
 
 
 def given(**options: object) -> dict[str, object]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign.commands.common import CommandError, image_files, prompts_of, reward_spec, table
+from mmalign.commands.common import CommandError, image_files, prompts_of, table
 
 
 def run(args: Namespace) -> int:
@@ -17,7 +17,7 @@ def run(args: Namespace) -> int:
     prompts = _one_each(prompts_of(args), files)
     from mmalign import api
 
-    score = api.score(files, prompts, reward_spec(args.reward))
+    score = api.score(files, prompts(args.reward))
     records = _records(files, prompts, score)
     print(_table(records))
     unscored = sum(not r["valid"] for r in records)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.commands.common import prompts_of, reward_spec, table
+from mmalign.commands.common import prompts_of, table
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -22,7 +22,7 @@ def run(args: Namespace) -> int:
     options = apply_overrides({}, args.option)
     out = make_directory(args.out)  # before anything is computed
     prompts = prompts_of(args) or []
-    reward = reward_spec(args.reward)
+    reward = args.reward
     result = api.steer(args.policy, prompts, reward, args.method, seed=args.seed, **options)
     write(result, out, {"policy": args.policy, "method": args.method, "options": options})
     values = _values(result.scores)

@@ -112,9 +112,7 @@ class _GaussianKernel:
         # A zero deviation (the last step of CPS) is a point mass: no density, not density 0.
         density = bool((std > 0).all())
         log_prob = (
-            gaussian_log_prob(x_next.detach(), mean, std, self.log_prob_reduce)
-            if density
-            else None
+            gaussian_log_prob(x_next.detach(), mean, std, self.log_prob_reduce) if density else None
         )
         return Step(x_next, mean, std, log_prob, x - s * prediction)
 

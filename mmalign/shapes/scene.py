@@ -118,9 +118,7 @@ def _matches(placed: Placed, spec: ObjectSpec) -> bool:
     return placed.shape == spec.shape and spec.color in (None, placed.color)
 
 
-def _pick_color(
-    spec: ObjectSpec, rng: random.Random, allow: Callable[[Pair], bool] | None
-) -> str:
+def _pick_color(spec: ObjectSpec, rng: random.Random, allow: Callable[[Pair], bool] | None) -> str:
     if spec.color is not None:
         return spec.color
     names = [c for c in COLORS if allow is None or allow((c, spec.shape))]

@@ -14,7 +14,10 @@ PACKAGES = ("mmalign", "vision_rewards", "trainers", "eval", "assets")
 # Where the verbs are put together: siblings are allowed here, inside functions only.
 FRONT = ("mmalign/api.py", "mmalign/cli.py", "mmalign/commands/")
 # What scorers may know of the core.
-CONTRACTS = ("types", "protocols", "registry", "shapes", "assets")
+CONTRACTS = (
+    "types", "protocols", "reward_info", "registry", "shapes", "assets",  # what they are made of
+    "config", "pictures", "prompts", "runtime",  # how commands read, write and report
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 
 import mmalign
 from mmalign.cli import COMMANDS, is_expected, main, parse
-from mmalign.commands.common import CommandError, image_files, reward_spec, table
+from mmalign.commands.common import CommandError, image_files, table
 from mmalign.config import ConfigError
 from mmalign.protocols import Steered
 from mmalign.types import Media, Score
@@ -250,7 +250,7 @@ def test_which_errors_are_expected():
         return info.value
 
     assert is_expected(caught(Media, torch.zeros(2)))  # a ValueError of a line of ours
-    assert is_expected(caught(reward_spec, "a=x"))
+    assert is_expected(caught(load_reward, "a=x"))
     assert is_expected(caught(open, "/no/such/file"))
     assert not is_expected(caught(int, "x"))
     assert not is_expected(caught(torch.zeros(2).view, 3))
@@ -265,11 +265,6 @@ def test_installed_style_process(cli):
 
 def test_helpers(tmp_path):
     assert table([["a", 1.0], ["bb", None]], ["x", "value"]) == "x    value\na   1.0000\nbb       -"
-    assert reward_spec("a") == "a"
-    assert reward_spec("a=2, b") == {"a": 2.0, "b": 1.0}
-    for text in ("a,a", "a,,b", "a=x"):
-        with pytest.raises(CommandError):
-            reward_spec(text)
     with pytest.raises(CommandError, match="holds no picture"):
         image_files([str(tmp_path)])
     with pytest.raises(CommandError, match="no picture or folder"):
