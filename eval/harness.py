@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
-from eval.progress import track
+from mmalign.runtime.progress import track
 from eval.provenance import denoiser_digest, provenance, versions, weights_dtype
 from eval.result import EvalResult, Row, finite, summarise
 from eval.store import Sample, SettingsMismatchError, Store, check_keys

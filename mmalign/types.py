@@ -166,6 +166,11 @@ class Score:
             notes=tuple(self.notes[i] for i in index.tolist()) if self.notes else (),
         )
 
+    def to(self, device: torch.device | str) -> Score:
+        """The same score with its tensors on ``device``."""
+        parts = {k: v.to(device) for k, v in self.parts.items()}
+        return replace(self, value=self.value.to(device), valid=self.valid.to(device), parts=parts)
+
     @staticmethod
     def of(value: Tensor, identity: str = "", notes: Sequence[str] = ()) -> Score:
         """A score that is valid exactly where ``value`` is finite."""

@@ -57,6 +57,19 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny tensors are slower on many threads, and sums depend on their number."""
+    torch = sys.modules.get("torch")  # a test of light imports must not load it here
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def run_python(
     *args: str, cwd: Path | None = None, path: Path = ROOT
 ) -> subprocess.CompletedProcess[str]:

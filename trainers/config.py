@@ -55,19 +55,21 @@ class RolloutConfig:
     anew each update. Noise is added on trained steps only when a window is used, else on all.
     ``shared_noise`` gives the images of one prompt the same initial noise (DanceGRPO). ``size`` is
     the side of the pictures in pixels, in evaluation too; ``None`` takes the policy's own.
+    ``overlap`` scores each ``batch_size`` of pictures on a thread while the next are generated.
     """
 
     steps: int = 10
     size: int | None = None
     guidance_scale: float | None = None
     kernel: str = "flow_sde"
-    kernel_options: Mapping[str, float] = field(default_factory=dict)
+    kernel_options: Mapping[str, Any] = field(default_factory=dict)
     train: Literal["all", "fraction", "window"] = "all"
     fraction: float = 1.0
     window: int = 2
     window_start: tuple[int, int] = (0, 4)
     shared_noise: bool = False
     batch_size: int = 64
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         _positive("rollout.steps", self.steps - 1, "at least 2")

@@ -30,6 +30,7 @@ class PromptSource:
         self.seed = seed
         self.tasks = config.tasks or TASKS
         self.lines: list[str] = []
+        self._shuffled: tuple[int, list[int]] = (-1, [])  # epoch and its order
         if config.source == "shapes":
             for task in self.tasks:
                 if task not in TASKS:
@@ -44,9 +45,11 @@ class PromptSource:
             # Tasks take turns, so every step holds the same mix.
             return caption(sample_spec(rng, "train", self.tasks[position % len(self.tasks)]))
         epoch, index = divmod(position, len(self.lines))
-        order = list(range(len(self.lines)))
-        random.Random(stable_seed("shuffle", self.seed, epoch)).shuffle(order)
-        return self.lines[order[index]]
+        if self._shuffled[0] != epoch:  # a step asks for neighbours: one order serves many
+            order = list(range(len(self.lines)))
+            random.Random(stable_seed("shuffle", self.seed, epoch)).shuffle(order)
+            self._shuffled = (epoch, order)
+        return self.lines[self._shuffled[1][index]]
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,12 @@ class Rows:
 
     def part(self, rank: int, world: int) -> Rows:
         """The contiguous share of process ``rank`` of ``world``."""
-        rows = slice(*share(len(self), rank, world))
-        return Rows(self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows])
+        return self[slice(*share(len(self), rank, world))]
+
+    def __getitem__(self, rows: slice) -> Rows:
+        return Rows(
+            self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows]
+        )
 
 
 def share(total: int, rank: int, world: int) -> tuple[int, int]:

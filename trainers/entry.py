@@ -21,20 +21,27 @@ from mmalign.config import (
 )
 from mmalign.policies.load import load_policy
 from mmalign.protocols import Policy
+from mmalign.registry import unknown
 from mmalign.runtime.device import pick_device
 from mmalign.runtime.files import atomic_write_json, atomic_write_text, make_directory
 from mmalign.runtime.log import say
+from mmalign.runtime.progress import Advance, track
 from mmalign.runtime.seeds import seed_all
 from mmalign.runtime.versions import environment
 from trainers.config import RESUMABLE_CHANGES, TrainConfig
 from trainers.loop import Trainer
 from trainers.preflight import Report, preflight, small
-from trainers.progress import Progress
 from vision_rewards.factory import load_reward
 from vision_rewards.guard import GuardedReward
 
 # (policy, config, folder, label) -> nothing; writes its results into the folder.
 Evaluate = Callable[[Policy, TrainConfig, Path, str], Any]
+
+# What the progress line shows of a step's metrics.
+WATCHED = (
+    ("reward", "reward/mean"), ("std", "reward/std"), ("kl", "kl"), ("clip", "clip_fraction"),
+    ("grad", "grad_norm"),
+)  # fmt: skip
 
 
 def resolve_recipe(
@@ -61,6 +68,7 @@ def build(config: TrainConfig, folder: Path, reward: Any = None) -> Trainer:
     """Assemble a trainer: accelerate, policy on its device, guarded reward."""
     from accelerate import Accelerator
 
+    _check_trackers(config.trackers)
     seed_all(config.seed)
     cpu = config.device == "cpu" or pick_device(config.device).type == "cpu"
     accelerator = Accelerator(
@@ -72,6 +80,21 @@ def build(config: TrainConfig, folder: Path, reward: Any = None) -> Trainer:
         max_failed_share=config.max_failed_share,
     )
     return Trainer(config, policy, guarded, accelerator, folder)
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that accelerate does not know, or would leave out without a word."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+
+    known = sorted(str(name) for name in LOGGER_TYPE_TO_CLASS)
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for name in names:
+        if name not in known:
+            raise unknown("tracker", name, known)
+        if name not in available:
+            raise ConfigError(
+                f"tracker {name!r} is not installed; pip install {name}, or remove it from trackers"
+            )
 
 
 def train(
@@ -101,15 +124,15 @@ def train(
     if main and not previous:
         atomic_write_text(folder / "config.yaml", dump_yaml(config))
     if config.trackers:
-        trainer.accelerator.init_trackers("mmalign", config={"hash": run_hash(config)})
+        trainer.accelerator.init_trackers("mmalign", config=_flat_text(config))
     if trainer.resume():
         _keep_earlier_evaluation(folder, trainer)
         say(f"resuming {folder} at step {trainer.step} of {config.steps}")
     elif evaluate is not None:
         _evaluate(trainer, evaluate, "before")
     _write_run(trainer, folder)
-    with Progress(config.steps, trainer.step, enabled=main) as progress:
-        trainer.run(lambda t, step: _after_step(t, step, progress, evaluate))
+    with track("train", config.steps, trainer.step, enabled=main) as advance:
+        trainer.run(lambda t, step: _after_step(t, step, advance, evaluate))
     if main:
         trainer.model.export(folder)
     if evaluate is not None:
@@ -120,8 +143,9 @@ def train(
     return folder
 
 
-def _after_step(trainer: Trainer, step: int, progress: Progress, evaluate: Evaluate | None) -> None:
-    progress.update(step, trainer.last)
+def _after_step(trainer: Trainer, step: int, advance: Advance, evaluate: Evaluate | None) -> None:
+    watched = ((name, trainer.last.get(key)) for name, key in WATCHED)
+    advance(1, " ".join(f"{name} {value:.4g}" for name, value in watched if value is not None))
     every = trainer.config.evaluation.every
     if evaluate is not None and every and step % every == 0 and step < trainer.config.steps:
         _evaluate(trainer, evaluate, f"step_{step:06d}")
@@ -187,6 +211,12 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
+
+
+def _flat_text(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as every tracker can hold it: one level, plain values."""
+    flat = {**_flat(asdict(config)), "hash": run_hash(config)}
+    return {k: v if isinstance(v, (int, float, bool, str)) else str(v) for k, v in flat.items()}
 
 
 def _write_run(trainer: Trainer, folder: Path, finished: bool = False) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from mmalign.config import ConfigError
 from mmalign.protocols import Policy, RewardModel
 from mmalign.runtime.device import pick_dtype
-from mmalign.runtime.log import JsonlLog
+from mmalign.runtime.log import JsonlLog, say
 from mmalign.sampling import Plan, build_kernel, collect
 from mmalign.sampling.conditioning import ConditioningCache
 from mmalign.types import Rollout, Score
@@ -26,12 +27,14 @@ from trainers.advantages import (
     keep_extremes,
 )
 from trainers.config import TrainConfig
-from trainers.data import PromptSource, minibatches, recorded_steps, rows_of_step, share
+from trainers.data import PromptSource, Rows, minibatches, recorded_steps, rows_of_step, share
 from trainers.metrics import score_metrics, update_metrics
 from trainers.model import TrainableModel
 from trainers.objective import build_objective
 from trainers.optim import build_optimizer, lr_scale
 from trainers.update import TrainingError, Updater
+from vision_rewards.guard import RewardFailedError
+from vision_rewards.prefetch import Prefetch
 
 Callback = Callable[["Trainer", int], None]
 
@@ -64,6 +67,8 @@ class Trainer:
             )
         if (side := config.rollout.size) is not None:
             policy.sampler = replace(policy.sampler, height=side, width=side)
+        if config.rollout.overlap:
+            _check_overlap(config, reward.info.scope, accelerator.num_processes)
         objective = build_objective(config.algorithm, dict(config.objective))
         kernel = build_kernel(config.rollout.kernel, **dict(config.rollout.kernel_options))
         self.dtype = pick_dtype(config.model.precision, policy.device)
@@ -127,7 +132,7 @@ class Trainer:
         log = JsonlLog(self.folder / "metrics.jsonl", self.step) if main else None
         try:
             while self.step < self.config.steps:
-                metrics = self.last = self.train_step()
+                metrics = self.last = self._step_or_save()
                 if log is not None:
                     log.write({"step": self.step, **metrics})
                 self.accelerator.log(metrics, step=self.step)
@@ -139,13 +144,26 @@ class Trainer:
             if log is not None:
                 log.close()
 
+    def _step_or_save(self) -> dict[str, float]:
+        """One step; a reward that fails in it leaves a checkpoint of the last finished one."""
+        before = checkpoint.rng_state()
+        try:
+            return self.train_step()
+        except RewardFailedError:
+            # Scoring comes before any update: only random states have moved on.
+            checkpoint.restore_rng(before)
+            self.save()
+            say(f"the reward failed; the run is saved at step {self.step} and can be resumed")
+            raise
+
     def train_step(self) -> dict[str, float]:
         """One rollout and its updates; returns the metrics of the step."""
         start, spent = time.perf_counter(), self.update.nfe
-        rollout, nfe = self.sample(self.step)
-        _refuse_broken(rollout)
-        sampled = time.perf_counter()
-        score, _, groups = self.score(rollout)
+        with Prefetch(self.reward) if self.config.rollout.overlap else nullcontext() as scorer:
+            rollout, nfe = self.sample(self.step, scorer)
+            _refuse_broken(rollout)
+            sampled = time.perf_counter()
+            score, groups = self.score(rollout, scorer)
         advantage = self.advantages(rollout, score, groups)
         keep = self._keep(advantage, groups)
         scored = time.perf_counter()
@@ -166,16 +184,30 @@ class Trainer:
             "images": self.config.batch * self.step,
         }
 
-    def sample(self, step: int) -> tuple[Rollout, int]:
-        """This process's share of the rollout of ``step``; evaluations over all processes."""
+    def sample(self, step: int, scorer: Prefetch | None = None) -> tuple[Rollout, int]:
+        """This process's share of the rollout of ``step``; evaluations over all processes.
+
+        ``scorer`` gets each batch as soon as it is there, while the next is generated.
+        """
         rows = rows_of_step(self.config, self.prompts, step)
         rows = rows.part(self.accelerator.process_index, self.accelerator.num_processes)
-        rollout = collect(
+        size = len(rows) if scorer is None else self.config.rollout.batch_size
+        parts = []
+        for at in range(0, len(rows), size):
+            parts.append(self._collect(rows[at : at + size], step))
+            if scorer is not None:
+                _refuse_broken(parts[-1])
+                assert parts[-1].media is not None
+                scorer.submit(parts[-1].media, parts[-1].prompts)
+        rollout = Rollout.cat(parts) if len(parts) > 1 else parts[0]
+        return rollout, self._sum(rollout.nfe)
+
+    def _collect(self, rows: Rows, step: int) -> Rollout:
+        return collect(
             self.policy, rows.prompts, rows.groups, rows.seeds, self.plan(step), self.encode,
             init_seeds=rows.init_seeds, batch_size=self.config.rollout.batch_size,
             dtype=self.dtype, version=self.updates,
         )  # fmt: skip
-        return rollout, self._sum(rollout.nfe)
 
     def plan(self, step: int) -> Plan:
         """How the trajectories of ``step`` are sampled."""
@@ -190,24 +222,45 @@ class Trainer:
         )
 
     @torch.no_grad()
-    def score(self, rollout: Rollout) -> tuple[Score, Tensor, Tensor]:
-        """Scores, validity and groups of all samples of the step, over all processes."""
+    def score(self, rollout: Rollout, scorer: Prefetch | None = None) -> tuple[Score, Tensor]:
+        """Scores and groups of all samples of the step, over all processes in row order.
+
+        Raises:
+            RewardFailedError: on all processes, where it was raised on one of them.
+        """
+        alone = self.accelerator.num_processes == 1
+        local: Score | RewardFailedError
+        try:
+            local = self._local_score(rollout, scorer)
+        except RewardFailedError as error:
+            if alone:
+                raise
+            local = error  # the others wait for this process's scores: they must hear of it
+        if alone and isinstance(local, Score):
+            return local, rollout.groups
+        from accelerate.utils import gather_object
+
+        # In one transfer: where a reward failed on one process, its parts are missing there.
+        sent = local.to("cpu") if isinstance(local, Score) else local
+        shares = gather_object([(sent, rollout.groups.cpu())])
+        for found, _ in shares:
+            if isinstance(found, RewardFailedError):
+                raise found
+        score = Score.cat([s for s, _ in shares]).to(self.policy.device)
+        return score, torch.cat([g for _, g in shares])
+
+    def _local_score(self, rollout: Rollout, scorer: Prefetch | None) -> Score:
         assert rollout.media is not None
-        local = self.reward.score(rollout.media, rollout.prompts)
-        gather = self._gather
-        score = Score(
-            gather(local.value),
-            gather(local.valid),
-            {k: gather(v) for k, v in local.parts.items()},
-            (),
-            local.identity,
-        )
-        return score, score.valid, gather(rollout.groups)
+        if scorer is None:
+            score = self.reward.score(rollout.media, rollout.prompts)
+        else:
+            score = scorer.results()
+        return replace(score, notes=())
 
     def advantages(self, rollout: Rollout, score: Score, groups: Tensor) -> Tensor:
         """Advantages of all samples, ``(B,)``, clipped."""
         c = self.config.advantage
-        weights = dict(self.config.reward) if not isinstance(self.config.reward, str) else {}
+        weights = getattr(self.reward, "weights", {})
         if self.tracker is not None:
             rows = rows_of_step(self.config, self.prompts, self.step)
             advantage = self.tracker(score.value, score.valid, rows.prompts)
@@ -241,20 +294,28 @@ class Trainer:
     def _scale(self) -> float:
         return lr_scale(self.config, self.step)
 
-    def _gather(self, value: Tensor) -> Tensor:
-        """Concatenate over processes, in row order; shares may differ in length by one."""
-        if self.accelerator.num_processes == 1:
-            return value
-        from accelerate.utils import gather_object
-
-        parts = gather_object([value.cpu()])
-        return torch.cat(parts).to(value.device)
-
     def _sum(self, value: int) -> int:
         if self.accelerator.num_processes == 1:
             return value
         total = torch.tensor(float(value), device=self.accelerator.device, dtype=torch.float64)
         return int(self.accelerator.reduce(total, reduction="sum"))
+
+
+def _check_overlap(config: TrainConfig, scope: str, world: int) -> None:
+    """Refuse an overlap that cannot happen, or that would tear apart what is scored together."""
+    size, images = config.rollout.batch_size, config.images_per_prompt
+    largest = -(-config.batch // world)
+    if size >= largest:
+        raise ConfigError(
+            f"rollout.overlap scores one batch while the next is generated, but the {largest} "
+            f"images of a step fit into one of {size}; lower rollout.batch_size"
+        )
+    if scope != "pointwise" and (size % images or config.prompts_per_step % world):
+        raise ConfigError(
+            f"rollout.overlap with a {scope} reward needs whole prompts in a batch: make "
+            f"rollout.batch_size ({size}) a multiple of images_per_prompt ({images}), and "
+            f"prompts_per_step ({config.prompts_per_step}) one of the processes ({world})"
+        )
 
 
 def _refuse_broken(rollout: Rollout) -> None:

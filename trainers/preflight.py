@@ -59,6 +59,7 @@ def small(config: TrainConfig, prompts: int = 6, images: int = 4) -> TrainConfig
         images_per_prompt=min(images, config.images_per_prompt),
         optim=replace(config.optim, updates_per_rollout=1, micro_batch=0),
         advantage=replace(config.advantage, keep=0),
+        rollout=replace(config.rollout, overlap=False),
     )
 
 
@@ -67,7 +68,7 @@ def preflight(trainer: Trainer) -> Report:
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     try:
         rollout, _ = trainer.sample(0)
-        score, _, groups = trainer.score(rollout)
+        score, groups = trainer.score(rollout)
         checks = [
             _finite(rollout),
             _ratio(trainer, rollout),

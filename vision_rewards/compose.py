@@ -50,6 +50,11 @@ class WeightedSum:
         )
 
     @property
+    def weights(self) -> dict[str, float]:
+        """Weight of each component, for advantages that are taken per reward."""
+        return {name: weight for name, (_, weight) in self.components.items()}
+
+    @property
     def identity(self) -> str:
         """A digest of every component's identity and weight, after the readable formula."""
         rows = [(n, r.identity, w) for n, (r, w) in sorted(self.components.items())]

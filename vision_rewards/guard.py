@@ -16,6 +16,13 @@ class RewardFailedError(RuntimeError):
     """A reward left more samples unscored than was declared acceptable."""
 
 
+class RewardUnavailableError(RewardFailedError):
+    """A reward that cannot be reached at all, such as a server that has gone.
+
+    It passes every guard: counting samples as unscored would go on without a reward.
+    """
+
+
 class GuardedReward:
     """Turns exceptions of a reward into unscored samples, and stops when there are too many.
 
@@ -56,6 +63,11 @@ class GuardedReward:
     def identity(self) -> str:
         """The guarded reward's: guarding changes no score."""
         return self.reward.identity
+
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """The guarded composition's weights; empty where it is no composition."""
+        return getattr(self.reward, "weights", {})
 
     def score(
         self,

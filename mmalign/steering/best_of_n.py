@@ -7,16 +7,14 @@ to beat at equal function evaluations (Ma et al., 2501.09732, call it random sea
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from mmalign.protocols import Policy, RewardModel, Steered
 from mmalign.runtime.device import pick_dtype
+from mmalign.runtime.progress import track
 from mmalign.runtime.seeds import stable_seed
 from mmalign.sampling.conditioning import ConditioningCache
 from mmalign.sampling.generate import autocast, generate
@@ -107,7 +105,7 @@ class BestOfN:
         media: list[Media] = []
         scores: list[Score] = []
         spent = done = 0
-        with _progress(len(seeds)) as advance:
+        with track("candidates", len(seeds)) as advance:
             for at in range(0, len(seeds), self.batch_size):
                 rows = range(at, min(at + self.batch_size, len(seeds)))
                 texts = [prompts[i // self.n] for i in rows]
@@ -178,18 +176,3 @@ def _on_cpu(score: Score) -> Score:
     parts = {name: part.detach().cpu() for name, part in score.parts.items()}
     value, valid = score.value.detach().cpu(), score.valid.cpu()
     return Score(value, valid, parts, score.notes, score.identity)
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], Any]]:
-    """A bar with time left on a terminal, nothing elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda count: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress("candidates", *columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("candidates", total=total)
-        yield lambda count: progress.advance(task, count)

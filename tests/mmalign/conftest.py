@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 
 @pytest.fixture(scope="session")
@@ -15,12 +14,3 @@ def tiny_policy():
     pipeline = tiny_pipeline()
     pipeline.set_progress_bar_config(disable=True)
     return SD3Policy(pipeline, name="tiny", max_sequence_length=0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are slower on many threads, and sums depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)

@@ -17,15 +17,6 @@ from trainers.config import EvaluationConfig, ModelConfig, RolloutConfig, TrainC
 from vision_rewards.function import FunctionReward
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Tiny tensors are slower on many threads, and sums depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 class Line(nn.Module):
     """Velocity ``slope x + shift``."""
 

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from mmalign.config import ConfigError
 from mmalign.policies.build import tiny_pipeline
+from mmalign.registry import UnknownNameError
 from mmalign.runtime.log import read_jsonl
 from mmalign.sampling import generate
 from trainers import entry
@@ -313,3 +315,26 @@ def test_unused_layers_are_not_trained(kit, tmp_path):
         assert names and unused and not any(n.startswith(tuple(unused)) for n in names)
         if adapter == "lora":
             assert all("lora_" in n for n in names)
+
+
+# --- trackers -------------------------------------------------------------------------------------
+
+
+def test_a_tracker_gets_every_metric_of_every_step(kit, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = kit.cheap(tmp_path, steps=2, trackers=("tensorboard",))
+    folder = entry.train(config, reward=kit.brightness)
+    log = read_jsonl(folder / "metrics.jsonl")
+    events = EventAccumulator(str(folder / "mmalign")).Reload()
+    tracked = [event.value for event in events.Scalars("reward/mean")]
+    assert tracked == pytest.approx([record["reward/mean"] for record in log])
+    assert set(log[0]) - {"step"} <= set(events.Tags()["scalars"])
+
+
+def test_trackers_that_would_stay_silent_are_refused(kit, tmp_path, monkeypatch):
+    with pytest.raises(UnknownNameError, match="Did you mean 'tensorboard'"):
+        entry.train(kit.cheap(tmp_path, trackers=("tensorbord",)), reward=kit.brightness)
+    monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
+    with pytest.raises(ConfigError, match="pip install wandb"):
+        entry.train(kit.cheap(tmp_path, trackers=("wandb",)), reward=kit.brightness)

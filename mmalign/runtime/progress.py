@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from mmalign.runtime.log import say
+
 QUIET_SECONDS = 10.0  # between two lines of a log file
 
 
 class Advance(Protocol):
-    """Called with the number of items just finished."""
+    """Called with the number of items just finished and a few words on them."""
 
-    def __call__(self, count: int) -> None: ...
+    def __call__(self, count: int, text: str = "") -> None: ...
 
 
 @contextmanager
@@ -22,7 +24,7 @@ def track(label: str, total: int, done: int = 0, enabled: bool = True) -> Iterat
     """Follow ``total`` items of which ``done`` were finished before; yields the function to call
     with each newly finished count."""
     if not enabled or total <= done:
-        yield lambda count: None
+        yield lambda count, text="": None
     elif sys.stderr.isatty():
         with _bar(label, total, done) as advance:
             yield advance
@@ -37,9 +39,10 @@ def _bar(label: str, total: int, done: int) -> Iterator[Advance]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(label, total=total, completed=done)
-        yield lambda count: progress.advance(task, count)
+    words = TextColumn("{task.fields[text]}")
+    with Progress(*columns, words, console=Console(stderr=True)) as progress:
+        task = progress.add_task(label, total=total, completed=done, text="")
+        yield lambda count, text="": progress.update(task, advance=count, text=text)
 
 
 class _Lines:
@@ -49,7 +52,7 @@ class _Lines:
         self.label, self.total, self.done, self.first = label, total, done, done
         self.start = self.last = time.monotonic()
 
-    def __call__(self, count: int) -> None:
+    def __call__(self, count: int, text: str = "") -> None:
         self.done += count
         now = time.monotonic()
         if now - self.last < QUIET_SECONDS and self.done < self.total:
@@ -57,8 +60,8 @@ class _Lines:
         self.last = now
         rate = (self.done - self.first) / max(now - self.start, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
-        message = f"{self.label}: {self.done}/{self.total}, {rate:.2f}/s, {_clock(left)} left"
-        print(message, file=sys.stderr, flush=True)
+        said = f", {text}" if text else ""
+        say(f"{self.label}: {self.done}/{self.total}, {rate:.2f}/s, {_clock(left)} left{said}")
 
 
 def _clock(seconds: float) -> str:
