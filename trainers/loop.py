@@ -74,6 +74,7 @@ class Trainer:
         self.dtype = pick_dtype(config.model.precision, policy.device)
         self.model = TrainableModel(policy, config.model, "reference" in objective.needs)
         self.optimizer = build_optimizer(self.model, config.optim)
+        self._separate()  # refuses what cannot be combined so, before any work
         self.prompts = PromptSource(config.prompts, config.seed)
         self.encode = ConditioningCache(policy)
         self.tracker = PromptTracker() if config.advantage.baseline == "tracker" else None
@@ -260,15 +261,28 @@ class Trainer:
     def advantages(self, rollout: Rollout, score: Score, groups: Tensor) -> Tensor:
         """Advantages of all samples, ``(B,)``, clipped."""
         c = self.config.advantage
-        weights = getattr(self.reward, "weights", {})
+        weights = self._separate()
         if self.tracker is not None:
             rows = rows_of_step(self.config, self.prompts, self.step)
             advantage = self.tracker(score.value, score.valid, rows.prompts)
-        elif c.combine == "advantages" and len(weights) > 1:
+        elif weights:
             advantage = combined_advantage(score.parts, weights, score.valid, groups, c.std, c.eps)
         else:
             advantage = group_advantage(score.value, score.valid, groups, c.std, c.eps)
         return advantage.clamp(-c.clip, c.clip)
+
+    def _separate(self) -> dict[str, float]:
+        """Weights of the rewards whose advantages are taken one by one; empty for their sum's."""
+        composition = getattr(self.reward, "composition", None)
+        wanted = self.config.advantage.combine == "advantages"
+        if composition is None or not (wanted or composition.per_reward_advantages):
+            return {}
+        if not composition.linear:
+            raise ConfigError(
+                f"advantage.combine is 'advantages', which needs a weighted sum of rewards; "
+                f"{composition.info.name} is a {composition.kind}. Use combine 'rewards'"
+            )
+        return dict(composition.weights)
 
     def _keep(self, advantage: Tensor, groups: Tensor) -> Tensor:
         if self.config.advantage.keep == 0:

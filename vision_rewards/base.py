@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mmalign.reward_info import RewardInfo
 from mmalign.types import Media, Score
+from vision_rewards.sharing import shared
 
 Context = Sequence[Mapping[str, Any]]
 NOT_FINITE = "the picture holds NaN or infinite values"
@@ -106,14 +107,15 @@ class PixelReward:
         device = media.data.device
         if not len(media):
             return Score.of(torch.zeros(0, device=device), self.identity)
-        pixels, finite = clean_pixels(media)
+        pixels, finite = shared("clean", media.data, lambda: clean_pixels(media))
         if not self.info.differentiable:
             pixels = pixels.detach()
         target = self._device or device
         for network in self.networks():
             if next(network.parameters()).device != target:
                 network.to(target)
-        reading = self.read(pixels.to(target), prompts, context or [{}] * len(media))
+        pixels = shared(("pixels", target), pixels, lambda: pixels.to(target))
+        reading = self.read(pixels, prompts, context or [{}] * len(media))
         return self._record(reading, finite, device)
 
     def _record(self, reading: Reading, finite: Tensor, device: torch.device) -> Score:

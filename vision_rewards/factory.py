@@ -171,7 +171,7 @@ def _components(spec: Mapping[Any, Any]) -> dict[str, tuple[RewardModel, float]]
 
 def _composed(spec: Mapping[str, Any]) -> RewardModel:
     """``{"compose": kind, "parts": {label: ...} or [spec, ...], option: value}``."""
-    from vision_rewards.compose import build  # type: ignore[attr-defined]
+    from vision_rewards.compose import build
 
     parts = spec.get("parts")
     if isinstance(parts, (str, bytes)) or not isinstance(parts, (Mapping, Sequence)):

@@ -10,6 +10,7 @@ import torch
 
 from mmalign.protocols import RewardInfo, RewardModel
 from mmalign.types import Media, Score
+from vision_rewards.compositions.base import Composition
 
 
 class RewardFailedError(RuntimeError):
@@ -65,9 +66,9 @@ class GuardedReward:
         return self.reward.identity
 
     @property
-    def weights(self) -> Mapping[str, float]:
-        """The guarded composition's weights; empty where it is no composition."""
-        return getattr(self.reward, "weights", {})
+    def composition(self) -> Composition | None:
+        """The guarded reward where it is a composition."""
+        return self.reward if isinstance(self.reward, Composition) else None
 
     def score(
         self,

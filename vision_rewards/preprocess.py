@@ -35,6 +35,8 @@ class Preprocess:
         mode: ``bicubic`` or ``bilinear``.
         antialias: widen the filter when shrinking, as PIL does. Published tables made with old
             torchvision tensors lack it.
+        resize: with ``shortest``, what the shorter side becomes before the crop, if not ``size``
+            (DINOv2: 256 before a crop of 224).
     """
 
     size: int
@@ -43,6 +45,7 @@ class Preprocess:
     std: tuple[float, float, float] = CLIP_STD
     mode: str = "bicubic"
     antialias: bool = True
+    resize: int | None = None
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels ``(B, 3, H, W)`` in [0, 1] to network input ``(B, 3, size, size)``, fp32."""
@@ -54,11 +57,12 @@ class Preprocess:
         if self.fit == "squash":
             return self._resize(pixels, self.size, self.size)
         pick = min if self.fit == "shortest" else max
-        scale = self.size / pick(height, width)
+        side_to = (self.resize or self.size) if self.fit == "shortest" else self.size
+        scale = side_to / pick(height, width)
         # torchvision truncates the other side when it fits the shortest, and rounds for padding.
         whole = int if self.fit == "shortest" else round
         target = [
-            self.size if side == pick(height, width) else max(1, whole(side * scale))
+            side_to if side == pick(height, width) else max(1, whole(side * scale))
             for side in (height, width)
         ]
         resized = self._resize(pixels, *target)
@@ -76,7 +80,8 @@ class Preprocess:
     def fingerprint(self) -> str:
         """A short readable name of every setting that changes scores."""
         kind = f"{self.size}{self.fit}-{self.mode}{'' if self.antialias else '-noaa'}"
-        return f"{kind}-{self.mean[0]:g}-{self.std[0]:g}"
+        before = f"{self.resize}-" if self.resize not in (None, self.size) else ""
+        return f"{before}{kind}-{self.mean[0]:g}-{self.std[0]:g}"
 
     def _resize(self, pixels: Tensor, height: int, width: int) -> Tensor:
         if pixels.shape[-2:] == (height, width):

@@ -27,7 +27,8 @@ def parse_spec(text: str) -> dict[str, float]:
     Raises:
         RewardSpecError: an empty or repeated name, or a weight that is not a number.
     """
-    if text and Path(text).exists():
+    _, at, checkpoint = text.partition("@")
+    if text and (Path(text).exists() or (at and Path(checkpoint).exists())):
         return {text: 1.0}
     weights: dict[str, float] = {}
     for term in _PLUS.split(text) if _PLUS.search(text) else _COMMA.split(text):

@@ -1,0 +1,1 @@
+"""Rewards made of rewards; :mod:`vision_rewards.compose` is what to import."""
