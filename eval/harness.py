@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
-from mmalign.runtime.progress import track
 from eval.provenance import denoiser_digest, provenance, versions, weights_dtype
 from eval.result import EvalResult, Row, finite, summarise
 from eval.store import Sample, SettingsMismatchError, Store, check_keys
 from mmalign.protocols import Benchmark, Policy, Request
+from mmalign.runtime.progress import track
 from mmalign.types import Media, Score
 
 SEED_RULE = "set by the benchmark for each (prompt, sample)"

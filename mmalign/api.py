@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,9 @@ if TYPE_CHECKING:
     import torch
 
     from eval.result import EvalResult
-    from mmalign.protocols import Policy, Steered
+    from mmalign.protocols import Steered
     from mmalign.types import Score
-
-PRETRAIN = ("shapes-vae", "shapes-flow")
+    from vision_rewards.compose import Reference
 
 
 # --- score ------------------------------------------------------------------------------------
@@ -30,6 +30,10 @@ def score(
     *,
     context: Sequence[Mapping[str, Any]] | None = None,
     batch_size: int = 32,
+    max_pixels: int | None = None,
+    journal: str | Path | None = None,
+    overwrite: bool = False,
+    progress: bool = False,
 ) -> Score:
     """Score pictures. Higher is better; what could not be judged is ``valid=False`` with a note.
 
@@ -47,45 +51,76 @@ def score(
         reward: whatever :func:`vision_rewards.factory.load_reward` takes.
         context: further facts for each picture, for rewards that need them.
         batch_size: pictures handed to the reward at once.
+        max_pixels: larger files stay unscored; by default Pillow's bound, 89 million.
+        journal: a file that keeps finished scores; an interrupted run in it is continued.
+        overwrite: start again where the journal holds scores of another reward.
+        progress: show rate and time left on standard error.
 
     Returns:
         ``B`` scores in the order of the pictures, without gradients; for gradients call the
-        reward model itself. A reward that raises leaves its batch unscored, with the reason.
+        reward model itself. A reward that raises leaves its batch unscored, with the reason, and
+        so does a file that cannot be read.
 
     Raises:
         ValueError: no pictures, not one prompt or context for each, or a reward that needs more.
         UnknownNameError: unknown reward; names the nearest.
+        JournalError: the journal belongs to another reward.
     """
-    import torch
-
-    from mmalign.pictures import batches, open_pictures
-    from mmalign.types import Score
+    from mmalign.pictures import MAX_PIXELS, open_pictures
+    from mmalign.scoring import Journal, prompts_for, score_pictures
     from vision_rewards.factory import load_reward
     from vision_rewards.guard import GuardedReward
 
     model = GuardedReward(load_reward(reward), max_failed_share=1.0)
     pictures = open_pictures(media)
-    texts = _texts(prompts, len(pictures), model.info)
-    if context is not None and len(context) != len(pictures):
-        raise ValueError(f"{len(context)} contexts for {len(pictures)} pictures; give one each")
-    parts, order = [], []
-    with torch.no_grad():
-        for rows, batch in batches(pictures, batch_size):
-            facts = None if context is None else [context[i] for i in rows]
-            parts.append(model.score(batch, [texts[i] for i in rows], facts))
-            order += rows
-    return Score.cat(parts)[sorted(range(len(order)), key=order.__getitem__)]
+    texts = prompts_for(prompts, len(pictures), model.info)
+    keep = nullcontext() if journal is None else Journal(journal, model.identity, overwrite)
+    with keep as book:
+        return score_pictures(
+            model,
+            pictures,
+            texts,
+            context,
+            batch_size=batch_size,
+            max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
+            journal=book,
+            progress=progress,
+        )
 
 
-def _texts(prompts: str | Sequence[str] | None, count: int, info: Any) -> list[str]:
-    if prompts is None:
-        if "prompt" in info.needs:
-            raise ValueError(f"reward {info.name!r} judges pictures by their prompts; give prompts")
-        return [""] * count
-    texts = [prompts] * count if isinstance(prompts, str) else list(prompts)
-    if len(texts) != count:
-        raise ValueError(f"{len(texts)} prompts for {count} pictures; give one, or one each")
-    return texts
+def calibrate(
+    media: Any,
+    prompts: str | Sequence[str] | None,
+    reward: Any,
+    out: str | Path,
+    **options: Any,
+) -> Reference:
+    """Score reference pictures and write the values that compositions put a reward on a scale by.
+
+    ::
+
+        api.calibrate("runs/before", prompts, "pickscore", "pickscore.json")
+        reward = {"compose": "calibrated", "parts": ["pickscore"], "reference": "pickscore.json"}
+
+    Args:
+        media, prompts, reward, options: as in :func:`score`.
+        out: the JSON file to write.
+
+    Raises:
+        CalibrationError: fewer than two pictures could be scored.
+    """
+    from mmalign.pictures import open_pictures
+    from mmalign.runtime.files import make_directory
+    from vision_rewards.compose import Reference
+
+    make_directory(Path(out).parent)  # before the work, not after
+    pictures = open_pictures(media)
+    scores = score(pictures, prompts, reward, **options)
+    if prompts is None or isinstance(prompts, str):
+        prompts = [prompts or ""] * len(scores)
+    reference = Reference.of(scores, prompts)
+    reference.save(out)
+    return reference
 
 
 # --- evaluate ---------------------------------------------------------------------------------
@@ -252,6 +287,7 @@ def train(
         ConfigError: an unusable recipe, or a folder that holds another run.
         PreflightError: the recipe would not train; says why.
     """
+    from eval.in_training import evaluate_in_training
     from mmalign.runtime.log import say
     from trainers import entry
     from trainers.preflight import PreflightError
@@ -263,34 +299,12 @@ def train(
         if not checks.ok:
             raise PreflightError(f"the recipe would not train:\n{checks.failures}")
         say(f"preflight: {len(checks.checks)} checks passed")
-    folder = entry.train(config, evaluate=_evaluate_in_training, resume=resume, reward=reward)
+    folder = entry.train(config, evaluate=evaluate_in_training, resume=resume, reward=reward)
     if report and os.environ.get("RANK", "0") == "0":
         from eval.report import training_report
 
         say(f"report written to {training_report(folder)}")
     return folder
-
-
-def _evaluate_in_training(policy: Policy, config: Any, folder: Path, label: str) -> None:
-    """The evaluation of a training run: the trainer knows nothing of benchmarks."""
-    from eval.harness import run_benchmark
-    from mmalign.registry import BENCHMARKS
-    from mmalign.runtime.device import pick_dtype
-
-    dials = config.evaluation
-    benchmark = BENCHMARKS.load(dials.benchmark)(
-        prompts_per_task=dials.prompts_per_task, samples_per_prompt=dials.samples_per_prompt
-    )
-    run_benchmark(
-        policy,
-        benchmark,
-        folder,
-        steps=dials.steps,
-        guidance_scale=dials.guidance_scale,
-        batch_size=dials.batch_size,
-        dtype=pick_dtype(config.model.precision, policy.device),
-        label=label,
-    )
 
 
 def preflight(
@@ -319,7 +333,9 @@ def bench(policy: Any, **options: Any) -> Any:
 def pretrain(
     what: str, overrides: Sequence[str] = (), *, output_dir: str | Path | None = None
 ) -> Path:
-    """Make a shipped small model again: ``shapes-vae`` first, then ``shapes-flow``.
+    """Make a shipped small model again.
+
+    ``shapes-flow`` needs the output of ``shapes-vae``; the others need shipped models only.
 
     ::
 
@@ -336,21 +352,9 @@ def pretrain(
     Raises:
         UnknownNameError: not a model that can be made. ConfigError: unknown or unusable setting.
     """
-    from mmalign.config import apply_overrides, from_dict
-    from mmalign.registry import unknown
+    from trainers.pretrain.jobs import pretrain as run
 
-    if what not in PRETRAIN:
-        raise unknown("model to pre-train", what, PRETRAIN)
-    settings = apply_overrides({}, overrides)
-    if output_dir is not None:
-        settings["out"] = str(output_dir)
-    if what == "shapes-vae":
-        from trainers.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
-
-        return train_autoencoder(from_dict(AutoencoderConfig, settings))
-    from trainers.pretrain.generator import GeneratorConfig, train_generator
-
-    return train_generator(from_dict(GeneratorConfig, settings))
+    return run(what, overrides, output_dir)
 
 
 # --- report -----------------------------------------------------------------------------------

@@ -59,12 +59,20 @@ def _steer(parser: Parser) -> None:
 
 
 def _score(parser: Parser) -> None:
-    _reward(parser)
+    parser.add_argument("pictures", nargs="*", metavar="DIR_OR_FILE", help="pictures to score")
     parser.add_argument(
-        "--images", required=True, nargs="+", metavar="DIR_OR_FILE", help="pictures to score"
+        "--images", nargs="+", default=[], metavar="DIR_OR_FILE", help="the same, as an option"
     )
-    _prompts(parser, required=False)
-    parser.add_argument("--out", metavar="FILE", help="also write one JSON line a picture")
+    _reward(parser)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt for all")
+    text = "lines in order (.txt), by file name (.csv, .jsonl), or a folder of NAME.txt"
+    group.add_argument("--prompts", metavar="FILE_OR_DIR", help=text)
+    parser.add_argument("--out", metavar="FILE", help="write scores to a .jsonl, .csv or .parquet")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--batch-size", type=int, help="pictures scored at once (32)")
+    parser.add_argument("--max-pixels", type=int, help="larger pictures stay unscored (89 million)")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
 
 def _evaluate(parser: Parser) -> None:
@@ -94,10 +102,12 @@ def _doctor(parser: Parser) -> None:
 
 def _bench(parser: Parser) -> None:
     text = "the generator, or random:sd3.5-medium for that architecture with random weights"
-    parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help=text)
+    parser.add_argument("--policy", metavar="NAME_OR_PATH", help=text)
     parser.add_argument("--device", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--batch-size", type=int, help="rows of a network call and of an update")
+    text = "without --policy: measure the rewards alone, in batches of these sizes (1,8,32)"
+    parser.add_argument("--batch-sizes", metavar="N,N,...", help=text)
     parser.add_argument("--images", type=int, help="images of the rollout (one batch)")
     parser.add_argument("--steps", type=int, help="sampling steps (10)")
     parser.add_argument("--guidance-scale", type=float, help="guidance (the policy's own)")
@@ -106,7 +116,8 @@ def _bench(parser: Parser) -> None:
     parser.add_argument("--adapter", help="lora or full")
     parser.add_argument("--lora-rank", type=int, help="rank of the adapter (32)")
     parser.add_argument("--kl-beta", type=float, help="above 0 adds the reference pass (0)")
-    parser.add_argument("--reward", metavar="NAME[=WEIGHT],...", help="reward (shapes_partial)")
+    text = "reward (shapes_partial); without --policy what is measured, several with spaces"
+    parser.add_argument("--reward", nargs="+", metavar="REWARD", help=text)
     parser.add_argument("--attention", help="attention back-end (native)")
     parser.add_argument(
         "--gradient-checkpointing", action="store_const", const=True, help="recompute activations"
@@ -127,10 +138,68 @@ def _pretrain(parser: Parser) -> None:
     parser.add_argument("--output-dir", metavar="DIR", help="where state and weights go")
 
 
+def _serve_reward(parser: Parser) -> None:
+    text = "a reward, or a composition (see: mmalign list rewards)"
+    parser.add_argument("reward", metavar="REWARD", help=text)
+    parser.add_argument("--host", help="address to listen on (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="port, 0 for any free one (8123)")
+    text = "variable that holds the bearer token (MMALIGN_REWARD_TOKEN, if set)"
+    parser.add_argument("--token-env", metavar="VAR", help=text)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")
+    parser.add_argument("--batch", type=int, help="pictures scored at once (64)")
+    text = "never score requests together: equal requests then give equal bits"
+    parser.add_argument("--no-merge", action="store_true", help=text)
+    parser.add_argument("--max-images", type=int, help="pictures in a request (256)")
+    parser.add_argument("--max-pixels", type=int, help="pixels in a request (67108864)")
+    parser.add_argument("--max-bytes", type=int, help="bytes of a request (1073741824)")
+    parser.add_argument("--max-waiting", type=int, help="requests waiting at once (64)")
+
+
+def _judge_check(parser: Parser) -> None:
+    parser.add_argument("--judge", required=True, metavar="NAME", help="see: mmalign list rewards")
+    parser.add_argument(
+        "-o", "--option", action="append", default=[], metavar="k=v", help="of the judge, url=..."
+    )
+    parser.add_argument(
+        "--images", required=True, nargs="+", metavar="DIR_OR_FILE", help="pictures that fit"
+    )
+    parser.add_argument("--prompts", required=True, metavar="FILE", help="one for each picture")
+    parser.add_argument("--size", type=int, help="side of the square all pictures are resized to")
+    parser.add_argument("--repeats", type=int, default=3, help="judgements for agreement (3)")
+    parser.add_argument("--out", metavar="FILE.json", help="also write JSON, and a .md beside it")
+
+
+def _train_reward(parser: Parser) -> None:
+    parser.add_argument(
+        "overrides", nargs="*", metavar="FILE.yaml|a.b=c", help="configuration and settings"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="where the reward is written")
+    parser.add_argument("--no-resume", action="store_true", help="start over")
+    parser.add_argument("--show", action="store_true", help="print the configuration and stop")
+
+
+def _calibrate(parser: Parser) -> None:
+    text = "reference pictures, as samples of the policy before training"
+    parser.add_argument("pictures", nargs="*", metavar="DIR_OR_FILE", help=text)
+    parser.add_argument(
+        "--images", nargs="+", default=[], metavar="DIR_OR_FILE", help="the same, as an option"
+    )
+    _reward(parser)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt for all")
+    text = "lines in order (.txt), by file name (.csv, .jsonl), or a folder of NAME.txt"
+    group.add_argument("--prompts", metavar="FILE_OR_DIR", help=text)
+    parser.add_argument("--out", required=True, metavar="FILE.json", help="the file to write")
+    parser.add_argument("--batch-size", type=int, help="pictures scored at once (32)")
+
+
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "train": ("align a generator as a recipe says", _train),
     "steer": ("better pictures at inference time, no weights touched", _steer),
     "score": ("score pictures with reward models", _score),
+    "serve-reward": ("score pictures for other machines, over HTTP", _serve_reward),
+    "train-reward": ("train a reward model on comparisons, ratings or labels", _train_reward),
+    "calibrate": ("reference values that put a reward on a scale", _calibrate),
     "evaluate": ("run a generator through a benchmark", _evaluate),
     "list": ("what there is: rewards, policies, recipes, ...", _list),
     "doctor": ("what this machine can run and what is missing", _doctor),
@@ -138,6 +207,7 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "bench": ("measure speed and memory of a policy", _bench),
     "report": ("write the HTML page of a finished or running run", _report),
     "pretrain": ("make a shipped small model again", _pretrain),
+    "judge-check": ("how far a judge can be trusted: bias, attacks, agreement", _judge_check),
 }
 
 
@@ -179,7 +249,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0, 1 (a check failed), 2 (an error) or 130 (interrupted)."""
     args = parse(argv)
     try:
-        return int(importlib.import_module(f"mmalign.commands.{args.command}").run(args) or 0)
+        module = args.command.replace("-", "_")
+        return int(importlib.import_module(f"mmalign.commands.{module}").run(args) or 0)
     except KeyboardInterrupt:
         print("mmalign: interrupted", file=sys.stderr)
         return 130

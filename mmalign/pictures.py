@@ -3,16 +3,108 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from mmalign.types import Media
 
 Pictures = Any  # Media, a tensor, a path or Pillow image, or a sequence of the last two
+MAX_PIXELS = 89_478_485  # Pillow's own bound against decompression bombs: 256 MiB of 8-bit RGB
+DECODERS = 4  # threads that read files ahead of the scorer
+HELD_BATCHES = 4  # batches' worth of pictures of rare sizes that wait for company
+_ORIENTATION = 0x0112  # the EXIF tag
+
+
+class PictureError(ValueError):
+    """A file that cannot be used as a picture; the message names it and says why."""
+
+
+# --- one picture ------------------------------------------------------------------------------
+
+
+def read_picture(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The picture in a file as upright 8-bit RGB (see :func:`to_rgb`); of an animation its first
+    frame.
+
+    Raises:
+        PictureError: missing, not a picture, truncated, damaged, or of more than ``max_pixels``.
+    """
+    try:
+        with Image.open(path) as image:
+            _check_size(image, max_pixels)
+            return to_rgb(image)
+    except Image.UnidentifiedImageError as error:
+        raise PictureError(f"{path}: not a picture in a format that Pillow reads") from error
+    except Image.DecompressionBombError as error:
+        raise PictureError(f"{path}: {error}; raise max_pixels to read it") from error
+    except Exception as error:  # decoders of damaged files raise nearly anything
+        said = f"{error}" if isinstance(error, PictureError) else f"{type(error).__name__}: {error}"
+        raise PictureError(f"{path}: {said}") from error
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if width * height > max_pixels:
+        raise PictureError(
+            f"{width} x {height} are {width * height:,} pixels, at most {max_pixels:,} are read; "
+            "raise max_pixels to read it"
+        )
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow picture as 8-bit RGB, upright.
+
+    * EXIF orientation is applied.
+    * Transparent pixels are laid over white, as a page shows them; Pillow's plain conversion
+      would show whatever colour hides under them.
+    * 16-bit grey is scaled to 8 bits (65535 becomes 255); Pillow's plain conversion clips it.
+    * Floating-point pixels are read as [0, 1].
+    * Grey, palette, CMYK and other modes are converted by Pillow; colour profiles are ignored.
+
+    Raises:
+        PictureError: integer or floating-point values without a known white level.
+        ValueError: a mode that Pillow cannot convert.
+    """
+    image = _upright(image)
+    if image.mode.startswith(("I", "F")):
+        return _scaled(image)
+    if image.has_transparency_data:
+        page = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(page, image.convert("RGBA")).convert("RGB")
+    return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
+    except (SyntaxError, ValueError, KeyError, IndexError, TypeError):
+        return image  # a damaged tag spoils no pixel
+
+
+def _scaled(image: Image.Image) -> Image.Image:
+    """Grey of 16-bit integers or of floats in [0, 1] as 8-bit RGB."""
+    import numpy as np
+
+    values = np.asarray(image, dtype=np.float64)
+    white = 1.0 if image.mode == "F" else 65535.0
+    low, high = float(values.min()), float(values.max())
+    if not (low >= 0.0 and high <= white):  # also where a value is NaN
+        raise PictureError(
+            f"pixels of mode {image.mode} from {low:g} to {high:g}: the white level is unknown "
+            f"outside [0, {white:g}]; save it as 8-bit or 16-bit"
+        )
+    return Image.fromarray(np.rint(values * (255.0 / white)).astype(np.uint8)).convert("RGB")
+
+
+# --- many pictures ----------------------------------------------------------------------------
 
 
 def open_pictures(source: Pictures) -> Media | list[Any]:
@@ -53,41 +145,98 @@ def _expanded(item: Any) -> Sequence[Any]:
     return [path]
 
 
-def batches(pictures: Media | list[Any], batch_size: int) -> Iterator[tuple[list[int], Media]]:
+Batch = tuple[list[int], Media | PictureError]
+
+
+def batches(
+    pictures: Media | list[Any], batch_size: int, max_pixels: int = MAX_PIXELS
+) -> Iterator[Batch]:
     """Batches of at most ``batch_size`` pictures of one size, with their places in ``pictures``.
 
-    Files are read when their batch comes, so a folder of any length fits in memory.
+    Every file is decoded once, by a few threads and about one batch ahead of the consumer, so
+    that a folder of any length fits in memory and reading it overlaps with scoring.  Sizes may
+    come in any order: pictures of a rare size wait until a batch of them is full or too many
+    wait.  A picture that cannot be read comes alone, as the error.
 
     Raises:
-        ValueError: ``batch_size`` below 1. OSError: a file that is not a picture; names it.
+        ValueError: ``batch_size`` or ``max_pixels`` below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if batch_size < 1 or max_pixels < 1:
+        said = f"batch_size {batch_size} and max_pixels {max_pixels}"
+        raise ValueError(f"{said} must be 1 or more")
     if isinstance(pictures, Media):
-        groups = [list(range(len(pictures)))]
-    else:
-        sizes: dict[tuple[int, int], list[int]] = {}
-        for i, picture in enumerate(pictures):
-            sizes.setdefault(_size(picture), []).append(i)
-        groups = list(sizes.values())
-    for group in groups:
-        for at in range(0, len(group), batch_size):
-            rows = group[at : at + batch_size]
-            if isinstance(pictures, Media):
-                yield rows, pictures[rows]
-            else:
-                yield rows, Media.from_pil([_read(pictures[i]) for i in rows])
+        for at in range(0, len(pictures), batch_size):
+            rows = list(range(at, min(at + batch_size, len(pictures))))
+            yield rows, pictures[rows]
+        return
+    with _pixel_bound(max_pixels), closing(_decoded(pictures, batch_size, max_pixels)) as decoded:
+        yield from _grouped(decoded, batch_size)
 
 
-def _size(picture: Any) -> tuple[int, int]:
-    if isinstance(picture, Image.Image):
-        return picture.size
-    with Image.open(picture) as image:  # reads the header only
-        return image.size
+def _grouped(decoded: Iterator[Image.Image | PictureError], batch_size: int) -> Iterator[Batch]:
+    waiting: dict[tuple[int, int], list[tuple[int, Image.Image]]] = {}
+    held = 0
+    for row, picture in enumerate(decoded):
+        if isinstance(picture, PictureError):
+            yield [row], picture
+            continue
+        group = waiting.setdefault(picture.size, [])
+        group.append((row, picture))
+        held += 1
+        if len(group) == batch_size or held >= HELD_BATCHES * batch_size:
+            fullest = max(waiting, key=lambda size: len(waiting[size]))
+            held -= len(waiting[fullest])
+            yield _batch(waiting.pop(fullest))
+    for group in waiting.values():
+        yield _batch(group)
 
 
-def _read(picture: Any) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        return picture
-    with Image.open(picture) as image:
-        return image.convert("RGB")
+def _batch(group: list[tuple[int, Image.Image]]) -> Batch:
+    rows, images = zip(*group, strict=True)
+    return list(rows), Media.from_pil(images)
+
+
+def _decoded(
+    pictures: Sequence[Any], ahead: int, max_pixels: int
+) -> Generator[Image.Image | PictureError, None, None]:
+    """Every picture in order; threads decode files, at most ``ahead`` pictures early."""
+    queue: deque[Any] = deque()
+    with ThreadPoolExecutor(min(DECODERS, os.cpu_count() or 1), "decode") as pool:
+        try:
+            for picture in pictures:
+                # A Pillow image may be listed twice and loads itself lazily: not in two threads.
+                in_memory = isinstance(picture, Image.Image)
+                queue.append(picture if in_memory else pool.submit(_tried, picture, max_pixels))
+                if len(queue) > ahead:
+                    yield _result(queue.popleft())
+            while queue:
+                yield _result(queue.popleft())
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _tried(path: Path, max_pixels: int) -> Image.Image | PictureError:
+    try:
+        return read_picture(path, max_pixels)
+    except PictureError as error:
+        return error
+
+
+def _result(item: Any) -> Image.Image | PictureError:
+    if isinstance(item, Future):
+        return item.result()  # type: ignore[no-any-return]
+    try:
+        return to_rgb(item)
+    except (OSError, ValueError) as error:
+        return PictureError(f"a Pillow image of mode {item.mode}: {error}")
+
+
+@contextmanager
+def _pixel_bound(max_pixels: int) -> Iterator[None]:
+    """Let Pillow open what we were asked to read; its bound is global, so it is put back."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None if before is None else max(before, max_pixels)
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before

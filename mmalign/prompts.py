@@ -19,7 +19,7 @@ def read_prompts(path: str | Path) -> list[str]:
         PromptFileError: missing, a folder, not UTF-8, malformed, or without a single prompt.
     """
     path = Path(path)
-    lines = _text(path).split("\n")  # not splitlines: U+2028 may stand inside a prompt
+    lines = read_text(path).split("\n")  # not splitlines: U+2028 may stand inside a prompt
     if path.suffix in (".jsonl", ".ndjson"):
         prompts = [_record(path, n, t) for n, t in enumerate(lines, 1) if t.strip()]
     else:
@@ -29,7 +29,8 @@ def read_prompts(path: str | Path) -> list[str]:
     return prompts
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A file's UTF-8 text, a byte-order mark removed. Raises :class:`PromptFileError`."""
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:

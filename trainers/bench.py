@@ -28,13 +28,19 @@ from mmalign.sampling.generate import autocast, evaluations
 from mmalign.types import Rollout
 from trainers.config import ModelConfig, OptimConfig, RolloutConfig, TrainConfig
 from trainers.loop import Trainer
-from trainers.measure import Memory, count_flops, cpu_threads, plain_attention, spread, timed
+from mmalign.runtime.measure import (
+    Memory,
+    count_flops,
+    cpu_threads,
+    matmul_ceiling,
+    plain_attention,
+    spread,
+    timed,
+)
 from vision_rewards.factory import load_reward
 from vision_rewards.guard import GuardedReward
 
 SMALL_MODEL = 100_000_000  # parameters of the denoiser; smaller ones get a larger default batch
-MATMUL_SIDE = {"cuda": 8192, "mps": 4096, "cpu": 2048}
-PRODUCTS = 3  # matrix products a timing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +165,8 @@ class _Bench:
 
     def run(self) -> dict[str, Any]:
         """All stages, in the order of a training step."""
-        ceiling = self._matmul()
+        ceiling = matmul_ceiling(self.device, self.dtype, self.config.repeats)
+        say(f"bench {self.name}: matrix product {ceiling['tflops']:.3g} TFLOP/s")
         encode = self._encode()
         self.memory.reset()
         rollout_stage, rollout = self._rollout()
@@ -239,20 +246,6 @@ class _Bench:
         return stage
 
     # -- FLOPs ---------------------------------------------------------------------------------
-
-    def _matmul(self) -> dict[str, Any]:
-        """The best rate of a large square matrix product in this precision."""
-        side = MATMUL_SIDE[self.device.type]
-        a, b = torch.randn(2, side, side, device=self.device).to(self.dtype).unbind(0)
-
-        def products() -> None:
-            for _ in range(PRODUCTS):
-                a @ b
-
-        best = min(timed(products, self.config.repeats, self.device))
-        tflops = 2 * side**3 * PRODUCTS / best / 1e12
-        say(f"bench {self.name}: matrix product {tflops:.3g} TFLOP/s")
-        return {"side": side, "dtype": _text(self.dtype), "tflops": tflops}
 
     def _add_flops(self, stages: dict[str, Any], rollout: Rollout, ceiling: float) -> None:
         """Achieved TFLOP/s of the transformer in the stages that run it, from one counted row."""

@@ -69,9 +69,7 @@ class Rows:
         return self[slice(*share(len(self), rank, world))]
 
     def __getitem__(self, rows: slice) -> Rows:
-        return Rows(
-            self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows]
-        )
+        return Rows(self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows])
 
 
 def share(total: int, rank: int, world: int) -> tuple[int, int]:

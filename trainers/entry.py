@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -128,6 +129,7 @@ def train(
     if trainer.resume():
         _keep_earlier_evaluation(folder, trainer)
         say(f"resuming {folder} at step {trainer.step} of {config.steps}")
+        _note_other_reward(folder, trainer)
     elif evaluate is not None:
         _evaluate(trainer, evaluate, "before")
     _write_run(trainer, folder)
@@ -157,6 +159,14 @@ def _evaluate(trainer: Trainer, evaluate: Evaluate, label: str) -> None:
         with trainer.model.averaged():
             evaluate(trainer.policy, trainer.config, trainer.folder / "eval" / label, label)
     trainer.accelerator.wait_for_everyone()
+
+
+def _note_other_reward(folder: Path, trainer: Trainer) -> None:
+    """Say so where the reward is not the one the run began with: a server's can have changed."""
+    path = folder / "run.json"
+    before = json.loads(path.read_text()).get("reward") if path.is_file() else None
+    if before not in (None, trainer.reward.identity):
+        say(f"note: the reward is now {trainer.reward.identity}; the run began with {before}")
 
 
 def _keep_earlier_evaluation(folder: Path, trainer: Trainer) -> None:

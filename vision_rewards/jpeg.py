@@ -6,27 +6,29 @@ Nothing is learned here, so these two are what a training loop is tried on first
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from PIL import Image
+from torch import Tensor
 
-from mmalign.types import Media, Score
+from mmalign.types import Media
+from vision_rewards.base import Context, PixelReward, Reading
 from vision_rewards.cards import info_of
 
-QUALITY = 95  # of the paper's code; chroma is subsampled 4:2:0, Pillow's and the paper's default
+QUALITY = 95  # of the paper's code
+SUBSAMPLING = "4:2:0"  # of chroma: the paper's (and Pillow's) default, stated so that it stays
 BYTES_PER_KILOBYTE = 1000  # as in the paper's code
 
 
 def jpeg_kilobytes(picture: Image.Image, quality: int = QUALITY) -> float:
     """Size of ``picture`` as a JPEG file, in kilobytes of 1000 bytes."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="JPEG", quality=quality)
+    picture.save(buffer, format="JPEG", quality=quality, subsampling=SUBSAMPLING, optimize=False)
     return buffer.tell() / BYTES_PER_KILOBYTE
 
 
-class JpegIncompressibility:
+class JpegIncompressibility(PixelReward):
     """The size of the picture as a JPEG of quality 95, in kilobytes."""
 
     info = info_of("jpeg_incompressibility")
@@ -39,30 +41,10 @@ class JpegIncompressibility:
 
         return f"{self.info.name}@q{QUALITY}-pillow-{__version__}"
 
-    def score(
-        self,
-        media: Media,
-        prompts: Sequence[str],
-        context: Sequence[Mapping[str, Any]] | None = None,
-    ) -> Score:
-        """Score images ``(B, 3, H, W)``; non-finite pictures are ``valid=False``.
-
-        Raises:
-            ValueError: ``media`` is a video or has another number of channels than three.
-        """
-        data = media.data.detach()
-        if media.kind != "image" or data.shape[1] != 3:
-            raise ValueError(
-                f"{self.info.name} scores images (B, 3, H, W), got a {media.kind} "
-                f"of shape {tuple(data.shape)}"
-            )
-        finite = torch.isfinite(data).flatten(1).all(1)
-        pictures = Media(torch.nan_to_num(data)).to_pil()
-        sizes = torch.tensor([jpeg_kilobytes(p) for p in pictures], device=data.device)
-        value = torch.where(finite, self._sign * sizes.float(), torch.nan)
-        broken = "the picture holds NaN or infinite values"
-        notes = ["" if ok else broken for ok in finite.tolist()]
-        return Score.of(value, self.identity, notes)
+    def read(self, pixels: Tensor, prompts: Sequence[str], context: Context) -> Reading:
+        """Sizes ``(B,)`` of pixels ``(B, 3, H, W)``, rounded to 8 bits first."""
+        sizes = [jpeg_kilobytes(picture) for picture in Media(pixels).to_pil()]
+        return Reading(self._sign * torch.tensor(sizes))
 
 
 class JpegCompressibility(JpegIncompressibility):

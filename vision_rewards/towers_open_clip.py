@@ -18,6 +18,7 @@ from vision_rewards.towers import (
 from vision_rewards.weights import load_exactly
 
 SCHEMES = ("hf-hub:", "local-dir:")
+RANDOM = "random"  # the tag of random weights: ViT-H-14/random
 
 
 class OpenClipImage(nn.Module):
@@ -75,7 +76,7 @@ def model_name(checkpoint: str | Path) -> str | None:
 
 
 def load(name: str, vision_only: bool = False) -> Towers:
-    """Load an open_clip model by :func:`model_name`.
+    """Load an open_clip model by :func:`model_name`; the tag ``random`` downloads nothing.
 
     Raises:
         OSError: the model is not there and cannot be fetched.
@@ -87,11 +88,18 @@ def load(name: str, vision_only: bool = False) -> Towers:
     if not name.startswith(SCHEMES):
         architecture, _, tag = name.partition("/")
     # Weights trained with QuickGELU give wrong features under GELU; open_clip only warns.
-    quick = bool(tag and (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("quick_gelu"))
+    quick = bool(
+        tag
+        and tag != RANDOM
+        and (open_clip.get_pretrained_cfg(architecture, tag) or {}).get("quick_gelu")
+    )
     try:
-        model = open_clip.create_model_from_pretrained(
-            architecture, pretrained=tag, force_quick_gelu=quick, return_transform=False
-        )
+        if tag == RANDOM:  # for measuring speed at published shapes
+            model = open_clip.create_model(architecture)
+        else:
+            model = open_clip.create_model_from_pretrained(
+                architecture, pretrained=tag, force_quick_gelu=quick, return_transform=False
+            )
     except (RuntimeError, ValueError) as error:
         if "state_dict" in str(error) or "size mismatch" in str(error):
             raise ValueError(f"the weights of {name!r} do not fit its network. {error}") from error

@@ -6,7 +6,7 @@ import json
 from argparse import Namespace
 from typing import Any
 
-from mmalign.commands.common import given, table
+from mmalign.commands.common import CommandError, given, table
 
 _OPTIONS = (
     "device", "dtype", "batch_size", "images", "steps", "guidance_scale", "size", "repeats",
@@ -14,16 +14,71 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+_REWARD_OPTIONS = ("device", "dtype", "size", "repeats", "threads")
+
+
 def run(args: Namespace) -> int:
     """Measure and print a table, or JSON; ``--out`` also writes the JSON."""
     from mmalign import api
 
+    if args.policy is None:
+        return _rewards(args)
+    if args.batch_sizes is not None:
+        raise CommandError("--batch-sizes measures rewards alone: leave out --policy")
     options: dict[str, Any] = given(**{n: getattr(args, n) for n in _OPTIONS})
     if args.reward is not None:
-        options["reward"] = args.reward
+        options["reward"] = "+".join(args.reward)
     result = api.bench(args.policy, **options)
     print(json.dumps(result, indent=2) if args.json else summary(result))
     return 0
+
+
+def _rewards(args: Namespace) -> int:
+    """Measure rewards alone."""
+    from mmalign.runtime.files import atomic_write_json
+    from vision_rewards.bench import bench_rewards
+
+    if not args.reward:
+        raise CommandError("give --policy, or --reward to measure rewards alone")
+    options = given(**{n: getattr(args, n) for n in _REWARD_OPTIONS})
+    if args.batch_sizes is not None:
+        options["batch_sizes"] = [_whole(n) for n in args.batch_sizes.split(",")]
+    result = bench_rewards(args.reward, **options)  # type: ignore[arg-type]
+    if args.out is not None:
+        atomic_write_json(args.out, result)
+    print(json.dumps(result, indent=2) if args.json else rewards_summary(result))
+    return 0
+
+
+def _whole(text: str) -> int:
+    if not text.strip().isdigit():
+        raise CommandError(f"--batch-sizes: {text.strip()!r} is no whole number; write 1,8,32")
+    return int(text)
+
+
+def rewards_summary(result: dict[str, Any]) -> str:
+    """The measurement of rewards as a table."""
+    rows = [
+        [
+            reward["reward"],
+            row["batch_size"],
+            *(_short(row["images_per_second"][k]) for k in ("median", "min", "max")),
+            _short(row["tflops"]) if row["tflops"] else None,
+            f"{row['share_of_matmul']:.1%}" if row["tflops"] else None,
+            _short(row["peak_bytes"] / 1e9),
+        ]
+        for reward in result["rewards"]
+        for row in reward["batches"]
+    ]
+    head = ["reward", "batch", "images/s", "lowest", "highest", "TFLOP/s", "of matmul", "peak GB"]
+    s, ceiling = result["settings"], result["matmul"]
+    return "\n".join(
+        (
+            f"{s['size']} x {s['size']} px on {s['device']}, {s['threads']} threads",
+            table(rows, head),
+            f"matrix product: {ceiling['tflops']:.3g} TFLOP/s in {ceiling['dtype']}",
+        )
+    )
 
 
 def summary(result: dict[str, Any]) -> str:

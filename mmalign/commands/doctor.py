@@ -16,11 +16,25 @@ from mmalign.assets import assets_root, shipped_recipes
 
 # The extras of pyproject.toml and the distributions each of them installs.
 EXTRAS: dict[str, tuple[str, ...]] = {
+    "dev": (
+        "pytest",
+        "ruff",
+        "mypy",
+        "types-PyYAML",
+        "tensorboard",
+        "hatchling",
+        "fastapi",
+        "uvicorn",
+        "httpx",
+        "rapidocr",
+        "onnxruntime",
+        "pyarrow",
+    ),
     "xformers": ("xformers",),
     "server": ("fastapi", "uvicorn"),
     "trackers": ("tensorboard", "wandb", "trackio"),
     "ocr": ("rapidocr", "onnxruntime"),
-    "dev": ("pytest", "ruff", "mypy", "types-PyYAML", "hatchling"),
+    "parquet": ("pyarrow",),
 }
 Status = Literal["ok", "missing", "note", "BROKEN"]
 

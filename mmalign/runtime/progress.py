@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from mmalign.runtime.log import say
 
@@ -35,12 +35,17 @@ def track(label: str, total: int, done: int = 0, enabled: bool = True) -> Iterat
 @contextmanager
 def _bar(label: str, total: int, done: int) -> Iterator[Advance]:
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
+    from rich.text import Text
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            return Text(f"{task.speed:.1f}/s" if task.speed else "")
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate())
     words = TextColumn("{task.fields[text]}")
-    with Progress(*columns, words, console=Console(stderr=True)) as progress:
+    with Progress(*columns, Remaining(), words, console=Console(stderr=True)) as progress:
         task = progress.add_task(label, total=total, completed=done, text="")
         yield lambda count, text="": progress.update(task, advance=count, text=text)
 

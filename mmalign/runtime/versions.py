@@ -13,7 +13,7 @@ import mmalign
 
 CORE_PACKAGES = (
     "torch", "torchvision", "diffusers", "transformers", "accelerate", "peft",
-    "open_clip_torch", "safetensors", "pillow", "numpy", "scipy", "pyyaml", "rich",
+    "open_clip_torch", "safetensors", "pillow", "numpy", "scipy", "pyyaml", "rich", "httpx",
 )  # fmt: skip
 
 

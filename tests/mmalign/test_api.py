@@ -104,9 +104,13 @@ def test_bad_scoring_calls_are_explained(scenes, folder):
         mmalign.score(scenes, PROMPTS, "shapes_strikt")
     with pytest.raises(FileNotFoundError, match=r"no picture or folder .*absent\.png"):
         mmalign.score(folder / "absent.png", None, "jpeg_compressibility")
+
+
+def test_a_file_that_is_no_picture_is_unscored(folder):
     (folder / "broken.png").write_text("not a picture")
-    with pytest.raises(OSError, match=r"broken\.png"):
-        mmalign.score(folder, None, "jpeg_compressibility")
+    score = mmalign.score(folder, None, "jpeg_compressibility", batch_size=2)
+    assert score.valid.tolist() == [True, True, True, False]  # natural order: 0, 1, 2, broken
+    assert "broken.png: not a picture" in score.notes[3] and torch.isnan(score.value[3])
 
 
 # --- evaluate -----------------------------------------------------------------------------------

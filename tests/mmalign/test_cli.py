@@ -19,6 +19,7 @@ from mmalign.commands.common import CommandError, image_files, table
 from mmalign.config import ConfigError
 from mmalign.protocols import Steered
 from mmalign.types import Media, Score
+from vision_rewards.factory import load_reward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +60,7 @@ def api(monkeypatch):
 
 def test_every_command_has_a_module():
     for name in COMMANDS:
-        assert importlib.util.find_spec(f"mmalign.commands.{name}")
+        assert importlib.util.find_spec(f"mmalign.commands.{name.replace('-', '_')}")
 
 
 def test_verbs_are_reachable_from_the_package(api):
@@ -112,7 +113,7 @@ def test_score(api, pictures, tmp_path, capsys):
     assert main([*argv, "--out", str(out)]) == 0
     ((_, (files, prompts, reward), _),) = api.calls
     assert [f.name for f in files] == ["1.png", "9.png", "10.png"]
-    assert prompts == ["a cat"] * 3 and reward == {"a": 1.0, "b": 0.5}
+    assert prompts == ["a cat"] * 3 and reward == "a,b=0.5"
     printed = capsys.readouterr().out
     assert "unscored" in printed and "too dark" in printed
     assert "mean 0.7500 over 2 of 3 pictures; 1 unscored; judge-1" in printed

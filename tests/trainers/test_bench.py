@@ -13,7 +13,7 @@ from mmalign.config import ConfigError
 from mmalign.policies.random_init import ARCHITECTURES, load_random
 from mmalign.registry import UnknownNameError
 from trainers.bench import bench
-from trainers.measure import count_flops, cpu_threads, timed
+from mmalign.runtime.measure import count_flops, cpu_threads, timed
 
 DIALS = {"device": "cpu", "dtype": "fp32", "batch_size": 2, "images": 2, "steps": 3, "repeats": 2}
 STAGES = ["encode", "network", "rollout", "decode", "reward", "update"]

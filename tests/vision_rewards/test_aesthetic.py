@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_heads import head_state
 from torch import Tensor, nn
 
 from mmalign.types import Media
@@ -24,25 +25,6 @@ from vision_rewards.sharing import shared_forward
 
 Pictures = Callable[..., Tensor]
 V2, V2_5 = (768, 1024, 128, 64, 16, 1), (1152, 1024, 128, 64, 16, 1)
-PLACES = {
-    "linear": ("layers.", (0, 2, 4, 6, 7)),
-    "relu": ("layers.", (0, 3, 6, 9, 11)),
-    "v2_5": ("scoring_head.", (0, 2, 4, 6, 8)),
-}
-
-
-def head_state(kind: str, widths: tuple[int, ...]) -> dict[str, Tensor]:
-    """A random head under the published key names."""
-    torch.manual_seed(6)
-    if kind == "v1":
-        return nn.Linear(widths[0], 1).state_dict()
-    prefix, places = PLACES[kind]
-    state = {}
-    for place, a, b in zip(places, widths[:-1], widths[1:], strict=True):
-        layer = nn.Linear(a, b)
-        state[f"{prefix}{place}.weight"] = layer.weight.detach()
-        state[f"{prefix}{place}.bias"] = layer.bias.detach()
-    return state
 
 
 def published(kind: str, state: dict[str, Tensor]) -> nn.Sequential:

@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_heads import nsfw_state
+from tiny_vision import write_checker, write_classifier, write_dino
 from torch import Tensor, nn
 
 from mmalign.types import Media
@@ -16,22 +18,12 @@ from vision_rewards.safety_heads import Concepts, read_nsfw_head
 from vision_rewards.similarity import ClipI, DinoI
 
 Pictures = Callable[..., Tensor]
-SMALL = {
-    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "image_size": 32, "patch_size": 8,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def dino_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random ViT saved as DINO's is."""
-    from transformers import ViTConfig, ViTImageProcessor, ViTModel
-
-    folder = tmp_path_factory.mktemp("dino")
-    torch.manual_seed(8)
-    ViTModel(ViTConfig(**SMALL), add_pooling_layer=False).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return write_dino(tmp_path_factory.mktemp("dino"))
 
 
 def gradient_reaches(reward: Any, pixels: Tensor, **more: Any) -> bool:
@@ -111,17 +103,6 @@ def test_what_cannot_be_read_is_unscored(
         ClipI(clip_folder).score(Media(pictures(1)), [""])
 
 
-def nsfw_state(widths: tuple[int, ...]) -> dict[str, Tensor]:
-    """A random head under the key names of the converted LAION detector."""
-    torch.manual_seed(9)
-    state = {"norm.mean": torch.randn(widths[0]), "norm.variance": torch.rand(widths[0]) + 0.1}
-    for k in range(1, len(widths)):
-        layer = nn.Linear(widths[k - 1], widths[k])
-        state[f"linear_{k}.weight"] = layer.weight.detach()
-        state[f"linear_{k}.bias"] = layer.bias.detach()
-    return state
-
-
 @pytest.mark.parametrize("widths", [(768, 64, 512, 256, 1), (512, 32, 32, 1)])
 def test_published_nsfw_heads(widths: tuple[int, ...]) -> None:
     state = nsfw_state(widths)
@@ -185,25 +166,7 @@ def test_thresholds_of_the_checker() -> None:
 @pytest.fixture(scope="module")
 def checker_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random safety checker, under the key names of the published one."""
-    from safetensors.torch import save_file
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPVisionModel
-
-    folder = tmp_path_factory.mktemp("checker")
-    torch.manual_seed(10)
-    config = CLIPConfig(vision_config=SMALL, projection_dim=24)
-    tower = CLIPVisionModel(config.vision_config).state_dict()
-    state = {
-        f"vision_model.vision_model.{k.removeprefix('vision_model.')}": v for k, v in tower.items()
-    }
-    state["vision_model.vision_model.embeddings.position_ids"] = torch.arange(17)[None]
-    state["visual_projection.weight"] = torch.randn(24, 32)
-    state["concept_embeds"], state["special_care_embeds"] = torch.randn(17, 24), torch.randn(3, 24)
-    state["concept_embeds_weights"] = torch.full((17,), 0.2)
-    state["special_care_embeds_weights"] = torch.full((3,), 0.2)
-    save_file(state, folder / "model.safetensors")
-    config.save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32).save_pretrained(folder)
-    return folder
+    return write_checker(tmp_path_factory.mktemp("checker"))
 
 
 def test_checker_agrees_with_diffusers(checker_folder: Path, pictures: Pictures) -> None:
@@ -261,14 +224,7 @@ def test_checker_loading(checker_folder: Path, tmp_path: Path, pictures: Picture
 @pytest.fixture(scope="module")
 def classifier_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random image classifier with three labels."""
-    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(11)
-    config = ViTConfig(**SMALL, id2label={0: "normal", 1: "NSFW", 2: "drawing"})
-    ViTForImageClassification(config).save_pretrained(folder)
-    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+    return write_classifier(tmp_path_factory.mktemp("classifier"))
 
 
 def test_classifier(classifier_folder: Path, pictures: Pictures) -> None:

@@ -13,6 +13,9 @@ import torch
 
 from mmalign.runtime.device import set_attention_backend
 
+MATMUL_SIDE = {"cuda": 8192, "mps": 4096, "cpu": 2048}
+PRODUCTS = 3  # matrix products a timing
+
 
 class Memory:
     """Peak memory: of torch's allocator on CUDA, else of the process (which never falls)."""
@@ -60,6 +63,19 @@ def _synchronise(device: torch.device) -> None:
 def spread(values: list[float]) -> dict[str, float]:
     """Median, lowest and highest."""
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype, repeats: int = 3) -> dict[str, Any]:
+    """The best rate of a large square matrix product: ``side``, ``dtype``, ``tflops``."""
+    side = MATMUL_SIDE[device.type]
+    a, b = torch.randn(2, side, side, device=device).to(dtype).unbind(0)
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            a @ b
+
+    tflops = 2 * side**3 * PRODUCTS / min(timed(products, repeats, device)) / 1e12
+    return {"side": side, "dtype": str(dtype).removeprefix("torch."), "tflops": tflops}
 
 
 def count_flops(run: Callable[[], Any]) -> int:

@@ -1,0 +1,1 @@
+"""A reward on another machine: server, client, and the format they speak."""

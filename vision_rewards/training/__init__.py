@@ -1,0 +1,1 @@
+"""Training of reward models from labels on disk; see docs/train-reward.md."""
