@@ -92,6 +92,7 @@ def _evaluate(parser: Parser) -> None:
 
 def _list(parser: Parser) -> None:
     parser.add_argument("kind", nargs="?", metavar="KIND", help=", ".join(_KINDS))
+    parser.add_argument("name", nargs="?", metavar="NAME", help="one reward in full")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from argparse import Namespace
 from collections.abc import Callable
+from typing import Any
 
 from mmalign import registry
-from mmalign.commands.common import table
+from mmalign.commands.common import CommandError, table
 
 Listing = list[tuple[str, str]]
 
@@ -39,6 +41,47 @@ KINDS: dict[str, Callable[[], Listing]] = {
 ALIASES = {"methods": "steerers", "steering": "steerers"}
 
 
+def _facts(info: Any) -> list[str]:
+    """What the table says of a reward besides its name and summary."""
+    ends = ["-inf" if info.range[0] is None else f"{info.range[0]:g}"]
+    ends.append("inf" if info.range[1] is None else f"{info.range[1]:g}")
+    size = f"{info.parameters * 4 / 1000:.2f} GB" if info.parameters else ""
+    gradient = "gradient" if info.differentiable else ""
+    return ["+".join(info.media), f"{ends[0]}..{ends[1]}", gradient, size]
+
+
+def _rewards(json_too: bool, name: str | None) -> int:
+    """Rewards with what they declare; one of them in full."""
+    entries = list(registry.REWARDS)
+    if name is not None:
+        if name not in registry.REWARDS:
+            raise registry.unknown("reward", name, [e.name for e in entries])
+        entries = [e for e in entries if e.name == name]
+    if json_too:
+        print(json.dumps({"rewards": {e.name: _declared(e) for e in entries}}, indent=2))
+    elif name is not None:
+        rows = [[k.replace("_", " "), v] for k, v in _declared(entries[0]).items() if v]
+        print(table([[k, _plain(v)] for k, v in rows], ["reward", name]))
+    else:
+        head = ["rewards (higher is better)", "media", "range", "", "fp32", ""]
+        rows = [[e.name, *(_facts(e.info) if e.info else [""] * 4), e.summary] for e in entries]
+        print(table(rows, head))
+        print("\n'mmalign list rewards NAME' names source, licence and checkpoint.")
+    return 0
+
+
+def _declared(entry: registry.Entry) -> dict[str, Any]:
+    if entry.info is None:  # registered by somebody else, without a declaration
+        return {"summary": entry.summary, "target": entry.target}
+    return {**dataclasses.asdict(entry.info), "target": entry.target}
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return ", ".join("open" if v is None else str(v) for v in value)
+    return str(value)
+
+
 def run(args: Namespace) -> int:
     """Print one kind, or all."""
     kind = ALIASES.get(args.kind, args.kind)
@@ -46,6 +89,10 @@ def run(args: Namespace) -> int:
         kind = f"{kind}s"
     if kind is not None and kind not in KINDS:
         raise registry.unknown("kind", kind, [*KINDS, *ALIASES])
+    if kind == "rewards":
+        return _rewards(args.json, args.name)
+    if args.name is not None:
+        raise CommandError(f"only rewards have a page of their own, not {kind}")
     found = {k: KINDS[k]() for k in ([kind] if kind else KINDS)}
     if args.json:
         print(json.dumps({k: dict(v) for k, v in found.items()}, indent=2))

@@ -89,3 +89,14 @@ def test_every_document_is_reachable_from_the_index():
     pages = set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs" / "README.md"}
     missing = sorted(p.name for p in pages - linked)
     assert not missing, f"docs/README.md does not link {missing}"
+
+
+def test_the_list_of_rewards_is_complete():
+    from vision_rewards.cards import CARDS
+
+    text = (ROOT / "docs" / "rewards-list.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert sorted(row.split("`")[1] for row in rows) == sorted(info.name for _, info in CARDS)
+    for _, info in CARDS:
+        (row,) = (r for r in rows if r.startswith(f"| `{info.name}`"))
+        assert info.summary in row and info.licence in row and info.source in row, info.name

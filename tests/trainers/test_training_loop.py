@@ -338,3 +338,24 @@ def test_trackers_that_would_stay_silent_are_refused(kit, tmp_path, monkeypatch)
     monkeypatch.setattr("accelerate.tracking.get_available_trackers", list)
     with pytest.raises(ConfigError, match="pip install wandb"):
         entry.train(kit.cheap(tmp_path, trackers=("wandb",)), reward=kit.brightness)
+
+
+# --- several rewards ------------------------------------------------------------------------------
+
+
+def test_the_dial_and_the_composition_take_advantages_per_reward(kit, tmp_path):
+    def run(name, reward, **changes):
+        folder = entry.train(kit.cheap(tmp_path / name, steps=1, **changes), reward=reward)
+        return read_jsonl(folder / "metrics.jsonl")[0]["grad_norm"]
+
+    parts = {"a": (kit.brightness, 1.0), "b": ("jpeg_compressibility", 1.0)}
+    dial = run("dial", parts, advantage__combine="advantages")
+    assert run("separate", {"compose": "separate", "parts": parts}) == dial
+    assert run("summed", parts) != pytest.approx(dial, rel=1e-3)
+
+
+def test_only_sums_can_be_taken_apart(kit, tmp_path):
+    parts = {"compose": "minimum", "parts": {"a": (kit.brightness, 1.0)}}
+    config = kit.cheap(tmp_path, advantage__combine="advantages")
+    with pytest.raises(ConfigError, match="needs a weighted sum"):
+        entry.train(config, reward=parts)
