@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+pytest.register_assert_rewrite("reward_builds")  # of tests/support
 LOOPBACK = ("localhost", "127.0.0.1", "::1", "")
 
 # Read when the libraries are imported, so they are set before any test module is.

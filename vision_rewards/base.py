@@ -115,7 +115,9 @@ class PixelReward:
             if next(network.parameters()).device != target:
                 network.to(target)
         pixels = shared(("pixels", target), pixels, lambda: pixels.to(target))
-        reading = self.read(pixels, prompts, context or [{}] * len(media))
+        # A training loop's autocast must not change scores.
+        with torch.autocast(target.type, enabled=False):
+            reading = self.read(pixels, prompts, context or [{}] * len(media))
         return self._record(reading, finite, device)
 
     def _record(self, reading: Reading, finite: Tensor, device: torch.device) -> Score:

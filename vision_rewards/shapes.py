@@ -22,6 +22,7 @@ from mmalign.shapes import COLORS, SHAPES, CaptionError, ObjectSpec, PromptSpec,
 from mmalign.shapes.scene import related
 from mmalign.types import Media, Score
 from vision_rewards import shapes_vision
+from vision_rewards.base import checked_call
 from vision_rewards.cards import info_of
 from vision_rewards.shapes_vision import Detection, View, look
 
@@ -274,10 +275,11 @@ class _ShapesReward:
         """Score images ``(B, 3, H, W)``; ``valid=False`` where prompt or picture is unjudgeable.
 
         Raises:
-            ValueError: ``media`` is a video or has another number of channels than three, or
-                there is not one prompt for each picture.
+            ValueError: a call that could never work (see
+                :func:`~vision_rewards.base.checked_call`).
         """
-        verdicts = verify(_pixels(media, self.info.name), prompts)
+        checked_call(self.info, media, prompts, context)
+        verdicts = verify(_pixels(media), prompts)
         rows = [self._read(v) for v in verdicts]
         device = media.data.device
         columns = {p: torch.tensor([r[1][p] for r in rows], device=device) for p in PARTS}
@@ -311,12 +313,10 @@ class ShapesPartial(_ShapesReward):
         return verdict.partial, verdict.graded
 
 
-def _pixels(media: Media, name: str) -> np.ndarray:
-    if media.kind != "image":
-        raise ValueError(f"{name} judges images (B, 3, H, W), got a {media.kind}; score its frames")
-    if media.data.shape[1] != 3:
-        raise ValueError(f"{name} needs 3 colour channels, got {media.data.shape[1]}")
-    return media.data.detach().float().cpu().permute(0, 2, 3, 1).numpy()
+def _pixels(media: Media) -> np.ndarray:
+    """``(B, H, W, 3)``; grey pictures are repeated, values that are not finite are kept."""
+    data = media.data.detach().float().cpu()
+    return data.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
 
 
 def _settings_digest() -> str:

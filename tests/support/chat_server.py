@@ -87,6 +87,11 @@ class ChatServer:
         return 200, said(answer) if isinstance(answer, str) else answer, {}
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 64  # of five, a sixth connection at once waits a second
+
+
 @contextmanager
 def serving() -> Iterator[ChatServer]:
     """A running server; set ``chat.respond``."""
@@ -112,8 +117,7 @@ def serving() -> Iterator[ChatServer]:
         def log_message(self, *args: Any) -> None:
             pass
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
+    server = _Server(("127.0.0.1", 0), Handler)
     site = ChatServer(server)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()

@@ -5,12 +5,16 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from chat_server import serving
+from reward_builds import Subject, Workshop
+from scripted_judge import answer
+from tiny_vlm import write_vlm
 from torch import Tensor
 
 SIDE, PATCH, WIDTH = 32, 8, 32
@@ -131,3 +135,36 @@ def pictures() -> Callable[..., Tensor]:
         return (mixed * 255).round() / 255
 
     return make
+
+
+# --- every registered reward, for the contract suite ---------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def workshop(
+    tmp_path_factory: pytest.TempPathFactory,
+    clip_folder: Path,
+    siglip_folder: Path,
+    open_clip_folder: Path,
+    open_clip_config: dict[str, Any],
+) -> Iterator[Workshop]:
+    """Builds registered rewards without the hub."""
+    known = {"clip": clip_folder, "siglip": siglip_folder, "open_clip": open_clip_folder}
+    known["vlm"] = write_vlm(tmp_path_factory.mktemp("vlm"))
+
+    def folder(name: str) -> Path:
+        return known.get(name) or tmp_path_factory.mktemp(name)
+
+    with serving() as chat:
+        chat.respond = answer
+        yield Workshop(folder, chat.url, open_clip_config)
+
+
+@pytest.fixture
+def subject(
+    request: pytest.FixtureRequest, workshop: Workshop, monkeypatch: pytest.MonkeyPatch
+) -> Subject:
+    """A registered reward with inputs; parametrised indirectly by its name."""
+    # Recognition takes longer than all else: each picture is read once, for both text rewards.
+    monkeypatch.setattr("vision_rewards.ocr.recognise", workshop.recognise)
+    return workshop.subject(request.param)

@@ -1,159 +1,221 @@
-"""What every registered reward promises, checked on all of them."""
+"""What every registered reward promises, checked on all of them: declaration, scores, calls.
+
+What it does with odd pictures and prompts is in ``test_reward_contract_inputs.py``, gradients are
+in ``test_reward_contract_gradients.py``; ``reward_builds.py`` says how each is built without the
+hub.
+"""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from reward_builds import BATCH, BUILDS, Subject, assert_well_formed, rewards_where, same
 
 from mmalign.protocols import RewardModel
 from mmalign.registry import REWARDS
-from mmalign.shapes import caption, render, sample_scene, sample_spec
+from mmalign.reward_info import RewardInfo
 from mmalign.types import Media, Score
-from vision_rewards.factory import load_reward
+from vision_rewards.sharing import shared_forward
 
-NAMES = [entry.name for entry in REWARDS]
-# These need no download: a failure to load one of them is a failure, never a skip.
-EMBEDDED = {"shapes_strict", "shapes_partial", "jpeg_compressibility", "jpeg_incompressibility"}
-BATCH = 6
+every = pytest.mark.parametrize("subject", rewards_where(), indirect=True)
 
 
-@pytest.fixture(scope="module", params=NAMES)
-def reward(request: pytest.FixtureRequest) -> RewardModel:
-    try:
-        model = load_reward(request.param)
-    except (OSError, ImportError) as error:
-        if request.param in EMBEDDED:
-            raise
-        pytest.skip(f"{request.param} is not available here: {error}")
-    if set(model.info.needs) - {"prompt"}:
-        pytest.skip(f"{request.param} needs {model.info.needs}; its own tests cover it")
-    if request.param == "ocr_strict":
-        pytest.skip("ocr under another rule, and slow; its own tests cover it")
-    if model.info.scope == "pairwise":
-        pytest.skip(f"{request.param} compares pairs; its own tests cover it")
-    return model
+def those(holds: Any) -> pytest.MarkDecorator:
+    """Parametrises ``subject`` over the rewards whose declaration passes."""
+    return pytest.mark.parametrize("subject", rewards_where(holds), indirect=True)
 
 
-@pytest.fixture(scope="module")
-def batch() -> tuple[Tensor, list[str]]:
-    """Pictures ``(BATCH, 3, 64, 64)`` and prompts; every second prompt does not fit."""
-    rng = random.Random(5)
-    specs = [sample_spec(rng, "train") for _ in range(BATCH)]
-    pictures = [render(sample_scene(s, rng)) for s in specs]
-    asked = [s if k % 2 else sample_spec(rng, "train") for k, s in enumerate(specs)]
-    return Media.from_pil(pictures).data, [caption(s) for s in asked]
+def facts_needed(info: RewardInfo) -> set[str]:
+    """Keys of the context."""
+    return set(info.needs) - {"prompt"}
 
 
-def as_media(reward: RewardModel, pictures: Tensor) -> Media:
-    if "image" in reward.info.media:
-        return Media(pictures)
-    return Media(pictures[:, None].repeat(1, 4, 1, 1, 1))
+def test_every_registered_reward_is_covered() -> None:
+    assert set(BUILDS) == {entry.name for entry in REWARDS} == set(rewards_where())
 
 
-def score(reward: RewardModel, pictures: Tensor, prompts: list[str]) -> Score:
-    if reward.info.name == "ocr":  # judges only what a prompt puts in quotes
-        prompts = [f'{p}, with the words "{p}"' for p in prompts]
-    with torch.no_grad():
-        return reward.score(as_media(reward, pictures), prompts)
+# --- declaration --------------------------------------------------------------------------------
 
 
-def same(a: Tensor, b: Tensor) -> bool:
-    return torch.allclose(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def test_info_is_filled(reward: RewardModel) -> None:
-    info = reward.info
-    assert isinstance(reward, RewardModel)
+@every
+def test_info_is_filled(subject: Subject) -> None:
+    info = subject.info
+    assert isinstance(subject.reward, RewardModel)
     assert info.name in REWARDS
     assert info.summary and info.source and info.licence
     assert info.media and set(info.media) <= {"image", "video"}
+    assert info.scope in ("pointwise", "pairwise", "group")
+    assert (info.scope == "pairwise") == ("opponent" in info.needs)
+    assert set(info.needs) <= {"prompt", "opponent", "reference", "source"}
+    assert bool(info.checkpoint) == (info.parameters > 0)
+    low, high = (-float("inf") if info.range[0] is None else info.range[0],
+                 float("inf") if info.range[1] is None else info.range[1])  # fmt: skip
+    assert low < high
+    if info.typical is not None:
+        assert low <= info.typical[0] < info.typical[1] <= high
 
 
-def test_score_is_well_formed(reward: RewardModel, batch: tuple[Tensor, list[str]]) -> None:
-    got = score(reward, *batch)
-    assert len(got) == BATCH
-    assert got.value.dtype == torch.float32 and got.valid.dtype == torch.bool
-    assert all(p.shape == (BATCH,) and p.dtype == torch.float32 for p in got.parts.values())
-    assert got.identity == reward.identity
-    assert got.valid.all(), got.notes
-    assert torch.isfinite(got.value).all()
+@every
+def test_identity_is_stable_and_survives_loading_again(subject: Subject) -> None:
+    before = subject.reward.identity
+    values = subject.values()
+    again = replace(subject, reward=subject.make())
+    assert before.startswith(subject.info.name)
+    assert subject.reward.identity == again.reward.identity == before
+    assert again.info == subject.info
+    assert again.values().equal(values)
 
 
-def test_values_lie_in_the_declared_range(
-    reward: RewardModel, batch: tuple[Tensor, list[str]]
-) -> None:
-    got, (low, high) = score(reward, *batch), reward.info.range
-    assert low is None or (got.value >= low).all()
-    assert high is None or (got.value <= high).all()
+# --- scores -------------------------------------------------------------------------------------
 
 
-def test_identity_is_stable(reward: RewardModel, batch: tuple[Tensor, list[str]]) -> None:
-    before = reward.identity
-    score(reward, *batch)
-    assert before and reward.identity == before
-    assert load_reward(reward.info.name).identity == before
+@every
+def test_scores_are_well_formed(subject: Subject) -> None:
+    score = subject.score()
+    assert_well_formed(score, subject)
+    assert score.valid.all(), score.notes
+    assert not score.value.requires_grad  # no weight asks for a gradient
 
 
-def test_equal_inputs_give_equal_scores(
-    reward: RewardModel, batch: tuple[Tensor, list[str]]
-) -> None:
-    if not reward.info.deterministic:
-        pytest.skip("declared not deterministic")
-    assert score(reward, *batch).value.equal(score(reward, *batch).value)
+@every
+def test_scores_tell_pictures_apart(subject: Subject) -> None:
+    assert subject.values().std() > 1e-4
 
 
-def test_scores_follow_the_order_of_the_batch(
-    reward: RewardModel, batch: tuple[Tensor, list[str]]
-) -> None:
-    if not reward.info.deterministic:
-        pytest.skip("declared not deterministic")
-    pictures, prompts = batch
-    order = torch.randperm(BATCH, generator=torch.Generator().manual_seed(1))
-    straight = score(reward, pictures, prompts)
-    shuffled = score(reward, pictures[order], [prompts[i] for i in order.tolist()])
+@every
+def test_scoring_leaves_no_trace(subject: Subject) -> None:
+    """Equal inputs give equal scores; inputs and global random states stay what they were."""
+    pictures = subject.pictures.clone()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    first, second = subject.values(), subject.values()
+    assert first.equal(second)
+    assert subject.pictures.equal(pictures)
+    assert torch.get_rng_state().equal(states[0]) and random.getstate() == states[1]
+    assert np.array_equal(np.random.get_state()[1], states[2])
+
+
+@every
+def test_scores_follow_the_order_of_the_batch(subject: Subject) -> None:
+    straight, order = subject.score(), [2, 0, 3, 1]
+    shuffled = subject.rows(order).score()
     assert same(shuffled.value, straight.value[order])
+    assert shuffled.parts.keys() == straight.parts.keys()
     for name, part in straight.parts.items():
         assert same(shuffled.parts[name], part[order]), name
 
 
-def test_scores_do_not_depend_on_the_batch_size(
-    reward: RewardModel, batch: tuple[Tensor, list[str]]
-) -> None:
-    if not reward.info.deterministic or reward.info.scope == "group":
-        pytest.skip("declared not deterministic, or scored as a group")
-    pictures, prompts = batch
-    alone = Score.cat(
-        [score(reward, pictures[k : k + 1], prompts[k : k + 1]) for k in range(BATCH)]
-    )
-    assert same(alone.value, score(reward, pictures, prompts).value)
+@those(lambda info: info.scope != "group")
+def test_scores_do_not_depend_on_the_batch(subject: Subject) -> None:
+    alone = Score.cat([subject.rows([k]).score() for k in range(BATCH)])
+    together = subject.score()
+    assert same(alone.value, together.value)
+    for name, part in together.parts.items():
+        assert same(alone.parts[name], part), name
 
 
-@pytest.mark.parametrize("kind", ["black", "white", "noise"])
-def test_odd_pictures_never_raise(
-    reward: RewardModel, batch: tuple[Tensor, list[str]], kind: str
-) -> None:
-    like = batch[0]
-    odd = {
-        "black": torch.zeros_like(like),
-        "white": torch.ones_like(like),
-        "noise": torch.rand(like.shape, generator=torch.Generator().manual_seed(0)),
-    }[kind]
-    got = score(reward, odd, batch[1])
-    assert torch.isfinite(got.value[got.valid]).all()
-    assert got.valid.all() or all(
-        n for n, ok in zip(got.notes, got.valid.tolist(), strict=True) if not ok
-    )
+@every
+def test_autocast_changes_nothing(subject: Subject) -> None:
+    """The precision of a training loop is not that of its reward."""
+    with torch.autocast("cpu", torch.bfloat16):
+        value = subject.values()
+    assert value.dtype == torch.float32 and same(value, subject.values())
 
 
-def test_gradients_flow_where_declared(
-    reward: RewardModel, batch: tuple[Tensor, list[str]]
-) -> None:
-    if not reward.info.differentiable:
-        pytest.skip("declared not differentiable")
-    pictures = batch[0].clone().requires_grad_()
-    got = reward.score(as_media(reward, pictures), batch[1])
-    (gradient,) = torch.autograd.grad(got.value.sum(), pictures)
-    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+@every
+def test_sharing_changes_nothing(subject: Subject) -> None:
+    """Inside a composition forward passes are shared; pictures changed in place are not."""
+    pictures = subject.pictures.clone()
+    values, mirrored = subject.values(), subject.values(pictures.flip(0))
+    with shared_forward():
+        assert subject.values(pictures).equal(values)
+        assert subject.values(pictures).equal(values)
+        pictures.copy_(subject.pictures.flip(0))
+        assert subject.values(pictures).equal(mirrored)
+
+
+@those(lambda info: not info.differentiable)
+def test_no_gradient_where_none_is_declared(subject: Subject) -> None:
+    score = subject.score(subject.pictures.clone().requires_grad_())
+    assert not score.value.requires_grad
+    assert not any(p.requires_grad for p in score.parts.values())
+
+
+# --- calls --------------------------------------------------------------------------------------
+
+
+@every
+def test_an_empty_batch_gives_an_empty_score(subject: Subject) -> None:
+    none = subject.rows([])
+    for context in (None, []):
+        score = subject.reward.score(Media(none.pictures), [], context)
+        assert_well_formed(score, none)
+
+
+@every
+def test_counts_have_to_agree(subject: Subject) -> None:
+    media, context = Media(subject.pictures), subject.context
+    for prompts in (subject.prompts[:-1], [*subject.prompts, "a"], []):
+        with pytest.raises(ValueError, match=f"{len(prompts)} prompts for {BATCH}"):
+            subject.reward.score(media, prompts, context)
+    for wrong in ((context or [{}] * BATCH)[:-1], [*(context or [{}] * BATCH), {}]):
+        with pytest.raises(ValueError, match=f"{len(wrong)} contexts for {BATCH}"):
+            subject.reward.score(media, subject.prompts, wrong)
+
+
+@those(facts_needed)
+def test_declared_facts_are_needed_and_matter(subject: Subject) -> None:
+    assert subject.context is not None
+    for key in facts_needed(subject.info):
+        less = [{k: v for k, v in facts.items() if k != key} for facts in subject.context]
+        for context in (None, less, [*subject.context[:-1], less[-1]]):
+            with pytest.raises(ValueError, match=repr(key)):
+                subject.reward.score(Media(subject.pictures), subject.prompts, context)
+        others = [{**facts, key: facts[key].flip(-2)} for facts in subject.context]
+        moved = replace(subject, context=others).values()
+        assert not same(moved, subject.values())
+
+
+@those(lambda info: not facts_needed(info))
+def test_nothing_but_the_declared_facts_is_needed(subject: Subject) -> None:
+    media, values = Media(subject.pictures), subject.values()
+    for context in (None, [{}] * BATCH, [{"unrelated": 3}] * BATCH):
+        score = subject.reward.score(media, subject.prompts, context)
+        assert score.valid.all() and same(score.value, values)
+
+
+@those(lambda info: "prompt" not in info.needs)
+def test_prompts_that_are_not_needed_do_not_matter(subject: Subject) -> None:
+    values = subject.values()
+    assert subject.values(prompts=[""] * BATCH).equal(values)
+    assert subject.values(prompts=["a photo of two blue circles"] * BATCH).equal(values)
+
+
+@those(lambda info: "prompt" in info.needs)
+def test_prompts_that_are_needed_matter(subject: Subject) -> None:
+    prompts = subject.prompts[1:] + subject.prompts[:1]
+    assert not same(subject.values(prompts=prompts), subject.values())
+
+
+@those(lambda info: "video" not in info.media)
+def test_videos_are_refused_where_they_are_not_declared(subject: Subject) -> None:
+    with pytest.raises(ValueError, match="video"):
+        subject.score(subject.pictures[:, None].expand(-1, 2, -1, -1, -1))
+
+
+@those(lambda info: "video" in info.media)
+def test_a_still_video_is_worth_its_picture(subject: Subject) -> None:
+    still = subject.score(subject.pictures[:, None].expand(-1, 2, -1, -1, -1))
+    assert_well_formed(still, subject)
+    assert same(still.value, subject.values())
+
+
+@every
+@pytest.mark.parametrize("channels", [2, 4])
+def test_other_numbers_of_channels_are_refused(subject: Subject, channels: int) -> None:
+    with pytest.raises(ValueError, match="channels"):
+        subject.score(torch.rand(BATCH, channels, 16, 16))

@@ -248,7 +248,7 @@ def test_a_video_is_refused_by_kind() -> None:
 
 
 def test_lengths_must_agree() -> None:
-    with pytest.raises(ValueError, match="2 prompts for 1 pictures"):
+    with pytest.raises(ValueError, match="2 prompts for 1 samples"):
         ShapesPartial().score(Media(torch.rand(1, 3, 64, 64)), ["a", "b"])
 
 
