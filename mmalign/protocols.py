@@ -63,7 +63,11 @@ class Policy(Protocol):
         ...
 
     def sigmas(self, steps: int) -> Tensor:
-        """The sampling grid, ``(steps + 1,)`` fp32, descending to 0."""
+        """The sampling grid, ``(steps + 1,)``, descending to the schedule's last level.
+
+        Flow models run from 1 to 0, fp32; diffusion models through their schedule's levels
+        ``sqrt(1 - abar)``, fp64, as ``abar`` would not survive rounding them.
+        """
         ...
 
     def predict(
@@ -82,9 +86,16 @@ class Policy(Protocol):
 
 @runtime_checkable
 class Kernel(Protocol):
-    """A pure transition rule; where samplers differ, and the only place they do."""
+    """A pure transition rule; where samplers differ, and the only place they do.
 
-    stochastic: bool
+    A kernel may name the parameterisations it understands in ``fits``; without it, flow only. One
+    that understands several also has ``bound(parameterisation)``, itself for one of them.
+    """
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether steps add noise and have a density."""
+        ...
 
     def step(
         self,

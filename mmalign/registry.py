@@ -93,11 +93,45 @@ for _name, _target, _summary in (
     ("ode", "mmalign.sampling.kernels:OdeKernel", "Euler step of the probability-flow ODE"),
     ("flow_sde", "mmalign.sampling.kernels:FlowSdeKernel", "Flow-GRPO's marginal-preserving SDE"),
     ("dance_sde", "mmalign.sampling.kernels:DanceSdeKernel", "DanceGRPO's constant-noise SDE"),
+    ("step_sde", "mmalign.sampling.step_sde:StepSdeKernel", "SDE with a noise level for each step"),
     ("cps", "mmalign.sampling.kernels:CpsKernel", "coefficient-preserving step (Flow-CPS)"),
+    ("ddim", "mmalign.sampling.ddim:DdimKernel", "DDIM with noise, for diffusion models (DDPO)"),
 ):
     KERNELS.add(_name, _target, _summary)
 
+POLICIES.add("sd", "mmalign.policies.sd:SDPolicy", "Stable Diffusion 1.x / 2.x class models")
+POLICIES.add("sdxl", "mmalign.policies.sdxl:SDXLPolicy", "Stable Diffusion XL class models")
+POLICIES.add("flux", "mmalign.policies.flux:FluxPolicy", "FLUX.1 class flow models")
 POLICIES.add("sd3", "mmalign.policies.sd3:SD3Policy", "Stable Diffusion 3 / 3.5 class flow models")
 OBJECTIVES.add("flow_grpo", "trainers.flow_grpo:FlowGrpo", "clipped policy gradient per step")
+for _name, _target, _summary in (
+    ("dense_grpo", "trainers.dense_grpo:DenseGrpo", "each step credited with the reward it gained"),
+    ("grpo_guard", "trainers.grpo_guard:GrpoGuard", "ratios that mean the same at every step"),
+    ("vgpo", "trainers.vgpo:Vgpo", "steps weighted by value, rewards against an anchor"),
+    (
+        "turning_point_grpo",
+        "trainers.turning_point_grpo:TurningPointGrpo",
+        "steps that turn a trajectory get its long-term credit",
+    ),
+    ("flow_dppo", "trainers.flow_dppo:FlowDppo", "a trust region of divergences, no clip"),
+):
+    OBJECTIVES.add(_name, _target, _summary)
+for _name, _target, _summary in (
+    ("raft", "trainers.reward_weighted:Raft", "flow matching on the best samples of a group"),
+    (
+        "reward_weighted",
+        "trainers.reward_weighted:RewardWeighted",
+        "exponential weights (ORW-CFM-W2)",
+    ),
+    (
+        "diffusion_nft",
+        "trainers.diffusion_nft:DiffusionNft",
+        "contrast of implicit good and bad policy",
+    ),
+    ("awm", "trainers.awm:Awm", "advantage-weighted matching"),
+    ("dgpo", "trainers.dgpo:Dgpo", "group preference optimisation on noised samples"),
+    ("crd", "trainers.crd:Crd", "centred rewards regressed by the model's own"),
+):
+    OBJECTIVES.add(_name, _target, _summary)
 STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")
 BENCHMARKS.add("shapes", "eval.benchmarks.shapes:ShapesBenchmark", "six GenEval tasks, offline")

@@ -218,6 +218,8 @@ class Rollout:
         policy_version: update count of the policy that sampled.
         nfe: network evaluations spent, counting both branches of guidance; a selection of rows
             carries 0, because evaluations belong to the batch that made them.
+        means: ``(B, S, ...)`` fp32, the mean of each recorded transition under the policy that
+            sampled; ``None`` unless they were asked for.
     """
 
     prompts: tuple[str, ...]
@@ -234,6 +236,7 @@ class Rollout:
     guidance_scale: float
     policy_version: int = 0
     nfe: int = 0
+    means: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -252,6 +255,7 @@ class Rollout:
             media=None if self.media is None else self.media[index],
             conditioning=self.conditioning[index],
             nfe=0,
+            means=None if self.means is None else self.means[index],
         )
 
     @staticmethod
@@ -270,6 +274,7 @@ class Rollout:
                     "cannot be joined"
                 )
         media = [p.media for p in parts if p.media is not None]
+        means = [p.means for p in parts if p.means is not None]
         return replace(
             first,
             prompts=sum((p.prompts for p in parts), ()),
@@ -282,4 +287,5 @@ class Rollout:
             media=Media.cat(media) if len(media) == len(parts) else None,
             conditioning=Conditioning.cat([p.conditioning for p in parts]),
             nfe=sum(p.nfe for p in parts),
+            means=torch.cat(means) if len(means) == len(parts) else None,
         )

@@ -1,4 +1,4 @@
-"""From scores to advantages. Pure functions: ``(scores, groups, options) -> (B,)``.
+"""From scores to advantages. Pure functions: ``(scores, groups, options) -> (B,)`` or ``(B, S)``.
 
 Unscored samples (``valid == False``) get advantage 0 and take no part in any mean or deviation.
 A group without spread gets 0 throughout.
@@ -49,6 +49,14 @@ def group_advantage(
     if len(scored) < 2:
         return torch.zeros_like(values)
     return centred / (scored.std(unbiased=False) + eps)
+
+
+def step_advantage(
+    values: Tensor, valid: Tensor, groups: Tensor, std: Std = "global", eps: float = 1e-4
+) -> Tensor:
+    """:func:`group_advantage` of each column of ``values`` ``(B, S)`` by itself: ``(B, S)``."""
+    columns = zip(values.unbind(1), valid.unbind(1), strict=True)
+    return torch.stack([group_advantage(v, ok, groups, std, eps) for v, ok in columns], 1)
 
 
 class PromptTracker:
@@ -112,7 +120,10 @@ def keep_extremes(advantage: Tensor, groups: Tensor, keep: int) -> Tensor:
     """Mask ``(B,)`` of the best and worst ``keep / 2`` samples of each group (DanceGRPO).
 
     Advantages are computed on the whole group first; the mask only chooses whom to train on.
+    Advantages ``(B, S)`` are summed over steps.
     """
+    if advantage.ndim == 2:
+        advantage = advantage.sum(1)
     if keep % 2 or keep < 2:
         raise ValueError(f"keep must be an even number of at least 2, got {keep}")
     mask = torch.zeros_like(advantage, dtype=torch.bool)

@@ -23,11 +23,6 @@ from mmalign.protocols import Policy
 from mmalign.runtime.device import pick_device, pick_dtype
 from mmalign.runtime.files import atomic_write_json, make_directory
 from mmalign.runtime.log import say
-from mmalign.runtime.versions import environment
-from mmalign.sampling.generate import autocast, evaluations
-from mmalign.types import Rollout
-from trainers.config import ModelConfig, OptimConfig, RolloutConfig, TrainConfig
-from trainers.loop import Trainer
 from mmalign.runtime.measure import (
     Memory,
     count_flops,
@@ -37,6 +32,11 @@ from mmalign.runtime.measure import (
     spread,
     timed,
 )
+from mmalign.runtime.versions import environment
+from mmalign.sampling.generate import autocast, evaluations
+from mmalign.types import Rollout
+from trainers.config import ModelConfig, OptimConfig, RolloutConfig, TrainConfig
+from trainers.loop import Trainer
 from vision_rewards.factory import load_reward
 from vision_rewards.guard import GuardedReward
 
@@ -127,7 +127,7 @@ class _Bench:
         self.parameters = _parameters(policy)
         self.batch = config.batch_size or _default_batch(self.parameters["denoiser"])
         self.images = config.images or max(2, self.batch)
-        self.trainer = _trainer(self._recipe(), policy, self.device)
+        self.trainer = _trainer(self._recipe(policy), policy, self.device)
         self.policy: Any = policy
         self.loaded = self.memory.peak()
 
@@ -139,8 +139,10 @@ class _Bench:
         load = load_random if random else load_policy
         return load(self.name, device=self.device, dtype=weights)
 
-    def _recipe(self) -> TrainConfig:
+    def _recipe(self, policy: Policy) -> TrainConfig:
         c = self.config
+        flow = policy.parameterisation == "flow"
+        targets = ModelConfig.lora_targets if flow else ("to_q", "to_k", "to_v", "to_out.0")
         per_prompt = next((n for n in (8, 4, 2) if self.images % n == 0), self.images)
         return TrainConfig(
             policy=self.name,
@@ -151,11 +153,11 @@ class _Bench:
             model=ModelConfig(
                 adapter=c.adapter, lora_rank=c.lora_rank, lora_alpha=2 * c.lora_rank,
                 precision=_PRECISIONS[self.dtype], attention=c.attention,
-                gradient_checkpointing=c.gradient_checkpointing,
+                gradient_checkpointing=c.gradient_checkpointing, lora_targets=targets,
             ),
             rollout=RolloutConfig(
                 steps=c.steps, size=c.size, guidance_scale=c.guidance_scale,
-                batch_size=self.batch,
+                batch_size=self.batch, kernel="flow_sde" if flow else "ddim",
             ),
             # The weights must not run away from where they were while the clock is running.
             optim=OptimConfig(lr=1e-9, weight_decay=0.0, micro_batch=self.batch),
@@ -212,7 +214,7 @@ class _Bench:
 
     def _network(self, rollout: Rollout) -> dict[str, Any]:
         part = rollout[: self.batch]
-        nfe = evaluations(len(part), part.guidance_scale)
+        nfe = evaluations(len(part), part.guidance_scale, part.conditioning)
         return self._stage("network", lambda: self._predict(part), network_evaluations=nfe)
 
     @torch.no_grad()
@@ -257,7 +259,8 @@ class _Bench:
             loss.sum().backward()
 
         with plain_attention(network, self.config.attention):
-            forward = count_flops(lambda: self._predict(one)) / evaluations(1, one.guidance_scale)
+            passes = evaluations(1, one.guidance_scale, one.conditioning)
+            forward = count_flops(lambda: self._predict(one)) / passes
             both = count_flops(step)
         self.trainer.optimizer.zero_grad(set_to_none=True)
         for name, unit, flops in (

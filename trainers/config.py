@@ -47,6 +47,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CalibrationConfig:
+    """Noise of each step, found by pilot rollouts before training; see trainers.calibration.
+
+    ``rounds`` pilot rollouts; 0 leaves the kernel as it is. A step's noise is multiplied by
+    ``1 + raise_by`` where at least ``0.5 - balance`` of its gains are positive, else by
+    ``1 - lower_by``, within ``limits``. ``completion_steps`` as in ``dense_grpo``.
+    """
+
+    rounds: int = 0
+    raise_by: float = 0.1
+    lower_by: float = 0.1
+    balance: float = 0.1
+    limits: tuple[float, float] = (0.05, 3.0)
+    completion_steps: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("rounds", "completion_steps"):
+            _positive(f"rollout.calibration.{name}", getattr(self, name) + 1, "0 or more")
+        for name, high in (("raise_by", 1.0), ("lower_by", 1.0), ("balance", 0.5)):
+            value = getattr(self, name)
+            if not 0 <= value < high:
+                raise ConfigError(
+                    f"rollout.calibration.{name} is {value}; it must lie in [0, {high})"
+                )
+        if not 0 < self.limits[0] < self.limits[1]:
+            raise ConfigError(
+                f"rollout.calibration.limits are {self.limits}; they must be positive and rise"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
     """How trajectories are sampled for training.
 
@@ -56,6 +87,7 @@ class RolloutConfig:
     ``shared_noise`` gives the images of one prompt the same initial noise (DanceGRPO). ``size`` is
     the side of the pictures in pixels, in evaluation too; ``None`` takes the policy's own.
     ``overlap`` scores each ``batch_size`` of pictures on a thread while the next are generated.
+    ``window_strategy`` may also slide the window (MixGRPO), see :mod:`trainers.windows`.
     """
 
     steps: int = 10
@@ -67,9 +99,15 @@ class RolloutConfig:
     fraction: float = 1.0
     window: int = 2
     window_start: tuple[int, int] = (0, 4)
+    window_strategy: Literal["random", "progressive", "decay"] = "random"
+    window_stride: int = 1
+    window_every: int = 25
+    window_decay: float = 0.1
+    window_decay_from: int = 13
     shared_noise: bool = False
     batch_size: int = 64
     overlap: bool = False
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
         _positive("rollout.steps", self.steps - 1, "at least 2")
@@ -83,6 +121,91 @@ class RolloutConfig:
                 f"rollout.window_start {self.window_start} with window {self.window} does not fit "
                 f"{self.steps} steps; starts must lie in 0..{self.steps - 1 - self.window}"
             )
+        self._check_strategy()
+
+    def _check_strategy(self) -> None:
+        for name in ("window_stride", "window_every"):
+            _positive(f"rollout.{name}", getattr(self, name), "at least 1")
+        if self.window_decay < 0:
+            raise ConfigError(f"rollout.window_decay is {self.window_decay}; it must be 0 or more")
+        if self.window_strategy != "random" and self.train != "window":
+            raise ConfigError(
+                f"rollout.window_strategy is {self.window_strategy!r}, but rollout.train is "
+                f"{self.train!r}; use train: window"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForwardConfig:
+    """How forward-process objectives noise the clean latents of a rollout.
+
+    Each sample gets ``draws`` pairs of noise level and noise per update. Levels are spread evenly
+    over the quantiles of ``times``: ``uniform``, ``logit_normal`` (a normal of ``logit_mean`` and
+    ``logit_std`` through the sigmoid), or ``grid``: those of the rollout's own steps. ``levels``
+    bounds the levels before ``shift``, which moves them to ``m s / (1 + (m - 1) s)``.
+    ``guidance_scale`` is that of the trained prediction; ``None`` takes the rollout's.
+    """
+
+    times: Literal["uniform", "logit_normal", "grid"] = "uniform"
+    levels: tuple[float, float] = (0.0, 1.0)
+    shift: float = 1.0
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    draws: int = 4
+    guidance_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        _positive("forward.draws", self.draws, "at least 1")
+        low, high = self.levels
+        if not 0 <= low < high <= 1:
+            raise ConfigError(
+                f"forward.levels is {self.levels}; it must hold two rising levels in [0, 1]"
+            )
+        for name in ("shift", "logit_std"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"forward.{name} is {getattr(self, name)}; it must be positive")
+        if self.times != "logit_normal" and (self.logit_mean, self.logit_std) != (0.0, 1.0):
+            raise ConfigError(
+                f"forward.logit_mean and forward.logit_std mean nothing with forward.times "
+                f"{self.times!r}; remove them or use times: logit_normal"
+            )
+        if self.times == "grid" and self.shift != 1.0:
+            raise ConfigError(
+                f"forward.shift is {self.shift}, but forward.times 'grid' takes the levels of the "
+                "policy's own grid, which is shifted already; remove it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay:
+    """How slowly a copy of the weights follows them: ``copy <- d copy + (1 - d) weights``.
+
+    After ``u`` optimiser updates, ``d = start`` below ``flat`` and
+    ``min(start + rate (u - flat), cap)`` from there on. The copy moves once per rollout. All zero,
+    the default, makes the copy the very weights that made the rollout.
+    """
+
+    flat: int = 0
+    start: float = 0.0
+    rate: float = 0.0
+    cap: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.flat < 0 or self.rate < 0:
+            raise ConfigError(
+                f"flat {self.flat} and rate {self.rate} of a decay must not be negative"
+            )
+        if not 0 <= self.start <= self.cap < 1:
+            raise ConfigError(
+                f"start {self.start} and cap {self.cap} of a decay must satisfy "
+                "0 <= start <= cap < 1; at 1 the copy would never move"
+            )
+
+    def __call__(self, updates: int) -> float:
+        """``d`` after that many optimiser updates."""
+        if updates < self.flat:
+            return self.start
+        return min(self.start + self.rate * (updates - self.flat), self.cap)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +270,7 @@ class TrainConfig:
     prompts: PromptConfig = field(default_factory=PromptConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    forward: ForwardConfig = field(default_factory=ForwardConfig)
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

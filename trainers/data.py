@@ -12,11 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mmalign.config import ConfigError
 from mmalign.prompts import read_prompts
 from mmalign.registry import unknown
 from mmalign.runtime.seeds import stable_seed
 from mmalign.shapes import TASKS, caption, sample_spec
 from trainers.config import PromptConfig, TrainConfig
+from trainers.windows import window_of_step
 
 
 class PromptSource:
@@ -109,7 +111,22 @@ def recorded_steps(config: TrainConfig, step: int) -> tuple[tuple[int, ...], tup
         return usable, usable
     if rollout.train == "fraction":
         return usable[: max(1, round(rollout.fraction * len(usable)))], usable
-    rng = random.Random(stable_seed("window", config.seed, step))
-    start = rng.randint(*rollout.window_start)
-    window = tuple(range(start, start + rollout.window))
+    window = window_of_step(rollout, config.seed, step)
     return window, window
+
+
+def check_overlap(config: TrainConfig, scope: str, world: int) -> None:
+    """Refuse an overlap that cannot happen, or that would tear apart what is scored together."""
+    size, images = config.rollout.batch_size, config.images_per_prompt
+    largest = -(-config.batch // world)
+    if size >= largest:
+        raise ConfigError(
+            f"rollout.overlap scores one batch while the next is generated, but the {largest} "
+            f"images of a step fit into one of {size}; lower rollout.batch_size"
+        )
+    if scope != "pointwise" and (size % images or config.prompts_per_step % world):
+        raise ConfigError(
+            f"rollout.overlap with a {scope} reward needs whole prompts in a batch: make "
+            f"rollout.batch_size ({size}) a multiple of images_per_prompt ({images}), and "
+            f"prompts_per_step ({config.prompts_per_step}) one of the processes ({world})"
+        )

@@ -54,18 +54,26 @@ class FlowGrpo:
 
     def loss(self, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Per-sample loss ``(b,)`` and per-sample metrics."""
-        ratio = torch.exp(batch.log_prob - batch.old_log_prob)
-        low = 1 - self.clip_range
-        high = 1 + (self.clip_range if self.clip_range_high is None else self.clip_range_high)
-        plain = -batch.advantage * ratio
-        clipped = -batch.advantage * ratio.clamp(low, high)
-        loss = torch.maximum(plain, clipped)
-        metrics = {"ratio": ratio.detach(), "clip": (clipped > plain).float()}
+        loss, metrics = self.policy_loss(batch)
         if self.kl_beta > 0:
             kl = self.kl(batch)
             loss = loss + self.kl_beta * kl
             metrics["kl"] = kl.detach()
         return loss, metrics
+
+    def policy_loss(self, batch: StepBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss without the KL; what variants of the method replace."""
+        return self.clipped(batch.log_prob - batch.old_log_prob, batch.advantage)
+
+    def clipped(self, log_ratio: Tensor, advantage: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """``max(-A rho, -A clip(rho))``, ``(b,)``, with the ratio and where it was clipped."""
+        ratio = torch.exp(log_ratio)
+        low = 1 - self.clip_range
+        high = 1 + (self.clip_range if self.clip_range_high is None else self.clip_range_high)
+        plain = -advantage * ratio
+        clipped = -advantage * ratio.clamp(low, high)
+        metrics = {"ratio": ratio.detach(), "clip": (clipped > plain).float()}
+        return torch.maximum(plain, clipped), metrics
 
     def kl(self, batch: StepBatch) -> Tensor:
         """KL from the current to the reference transition, ``(b,)``; gradient on the current."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from mmalign.config import ConfigError
 from mmalign.protocols import Policy, RewardModel
 from mmalign.runtime.device import pick_dtype
 from mmalign.runtime.log import JsonlLog, say
-from mmalign.sampling import Plan, build_kernel, collect
+from mmalign.sampling import Plan, build_kernel, collect, fitted
 from mmalign.sampling.conditioning import ConditioningCache
+from mmalign.sampling.step_sde import StepSdeKernel
 from mmalign.types import Rollout, Score
-from trainers import checkpoint
+from trainers import calibration, checkpoint, credit
 from trainers.advantages import (
     PromptTracker,
     combined_advantage,
@@ -27,7 +28,17 @@ from trainers.advantages import (
     keep_extremes,
 )
 from trainers.config import TrainConfig
-from trainers.data import PromptSource, Rows, minibatches, recorded_steps, rows_of_step, share
+from trainers.credit import Credit, History, everywhere
+from trainers.data import (
+    PromptSource,
+    Rows,
+    check_overlap,
+    minibatches,
+    recorded_steps,
+    rows_of_step,
+    share,
+)
+from trainers.forward import build_noising, check_process
 from trainers.metrics import score_metrics, update_metrics
 from trainers.model import TrainableModel
 from trainers.objective import build_objective
@@ -68,21 +79,29 @@ class Trainer:
         if (side := config.rollout.size) is not None:
             policy.sampler = replace(policy.sampler, height=side, width=side)
         if config.rollout.overlap:
-            _check_overlap(config, reward.info.scope, accelerator.num_processes)
+            check_overlap(config, reward.info.scope, accelerator.num_processes)
         objective = build_objective(config.algorithm, dict(config.objective))
         kernel = build_kernel(config.rollout.kernel, **dict(config.rollout.kernel_options))
+        kernel = fitted(kernel, policy)
         self.dtype = pick_dtype(config.model.precision, policy.device)
+        check_process(config, objective, policy, kernel)
         self.model = TrainableModel(policy, config.model, "reference" in objective.needs)
+        self.model.keep_copies(getattr(objective, "copies", {}))
         self.optimizer = build_optimizer(self.model, config.optim)
-        self._separate()  # refuses what cannot be combined so, before any work
+        # Refuse what cannot be combined so, before any work.
+        credit.check(objective, config.advantage, reward.info, bool(self._weights()))
+        calibration.check_kernel(kernel, config.rollout.calibration)
         self.prompts = PromptSource(config.prompts, config.seed)
         self.encode = ConditioningCache(policy)
         self.tracker = PromptTracker() if config.advantage.baseline == "tracker" else None
-        self.kernel = kernel
+        self.history = History() if "history" in objective.needs else None
+        self.kernel: Any = kernel
+        self.calibrated = False
         self.update = Updater(
             policy, self.model, objective, kernel, self.optimizer, accelerator,
             micro_batch=config.optim.micro_batch, grad_clip=config.optim.grad_clip,
             dtype=self.dtype,
+            forward=build_noising(config, policy, self.model, objective, self.dtype),
         )  # fmt: skip
         self.last: dict[str, float] = {}
         self.step = 0
@@ -104,6 +123,10 @@ class Trainer:
         self.seconds, self.nfe = float(state["seconds"]), int(state["nfe"])
         if self.tracker is not None:
             self.tracker.load_state_dict(state["tracker"])
+        if self.history is not None:
+            self.history.load_state_dict(state["history"])
+        if state.get("noise"):
+            self._use_kernel(StepSdeKernel(**state["noise"]))
         return True
 
     def save(self) -> None:
@@ -117,6 +140,8 @@ class Trainer:
             "seconds": self.seconds,
             "nfe": self.nfe,
             "tracker": self.tracker.state_dict() if self.tracker else {},
+            "history": self.history.state_dict() if self.history else {},
+            "noise": asdict(self.kernel) if self.calibrated else {},
         }
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, self.step, state, self.config.keep_checkpoints)
@@ -130,6 +155,8 @@ class Trainer:
             TrainingError: non-finite loss or gradient. RewardFailedError: too much unscored.
         """
         main = self.accelerator.is_main_process
+        if self.config.rollout.calibration.rounds and not self.calibrated:
+            self._use_kernel(calibration.calibrate(self))
         log = JsonlLog(self.folder / "metrics.jsonl", self.step) if main else None
         try:
             while self.step < self.config.steps:
@@ -165,16 +192,19 @@ class Trainer:
             _refuse_broken(rollout)
             sampled = time.perf_counter()
             score, groups = self.score(rollout, scorer)
-        advantage = self.advantages(rollout, score, groups)
+        evidence, completed = self.evidence(rollout, score, groups)
+        advantage = self.advantages(evidence)
         keep = self._keep(advantage, groups)
         scored = time.perf_counter()
-        results = self._updates(rollout, advantage, keep)
+        targets, keep = self.update.prepare(advantage, keep, groups, score.valid)
+        results = self._updates(rollout, targets, keep)
         self.step += 1
         end = time.perf_counter()
         self.seconds += end - start
-        self.nfe += nfe + self._sum(self.update.nfe - spent)
+        self.nfe += nfe + completed + self._sum(self.update.nfe - spent)
         return {
             **score_metrics(score, groups, advantage),
+            **evidence.metrics(advantage),
             **update_metrics(results, self.accelerator),
             "lr": self.optimizer.param_groups[0]["lr"] * self._scale(),
             "seconds": self.seconds,
@@ -185,17 +215,21 @@ class Trainer:
             "images": self.config.batch * self.step,
         }
 
-    def sample(self, step: int, scorer: Prefetch | None = None) -> tuple[Rollout, int]:
+    def sample(
+        self, step: int, scorer: Prefetch | None = None, plan: Plan | None = None
+    ) -> tuple[Rollout, int]:
         """This process's share of the rollout of ``step``; evaluations over all processes.
 
-        ``scorer`` gets each batch as soon as it is there, while the next is generated.
+        ``scorer`` gets each batch as soon as it is there, while the next is generated. ``plan``
+        replaces that of the step.
         """
+        plan = plan or self.plan(step)
         rows = rows_of_step(self.config, self.prompts, step)
         rows = rows.part(self.accelerator.process_index, self.accelerator.num_processes)
         size = len(rows) if scorer is None else self.config.rollout.batch_size
         parts = []
         for at in range(0, len(rows), size):
-            parts.append(self._collect(rows[at : at + size], step))
+            parts.append(self._collect(rows[at : at + size], plan))
             if scorer is not None:
                 _refuse_broken(parts[-1])
                 assert parts[-1].media is not None
@@ -203,16 +237,19 @@ class Trainer:
         rollout = Rollout.cat(parts) if len(parts) > 1 else parts[0]
         return rollout, self._sum(rollout.nfe)
 
-    def _collect(self, rows: Rows, step: int) -> Rollout:
-        return collect(
-            self.policy, rows.prompts, rows.groups, rows.seeds, self.plan(step), self.encode,
-            init_seeds=rows.init_seeds, batch_size=self.config.rollout.batch_size,
-            dtype=self.dtype, version=self.updates,
-        )  # fmt: skip
+    def _collect(self, rows: Rows, plan: Plan) -> Rollout:
+        with self.model.version(getattr(self.update.objective, "sampler", "current")):
+            return collect(
+                self.policy, rows.prompts, rows.groups, rows.seeds, plan, self.encode,
+                init_seeds=rows.init_seeds, batch_size=self.config.rollout.batch_size,
+                dtype=self.dtype, version=self.updates,
+            )  # fmt: skip
 
     def plan(self, step: int) -> Plan:
         """How the trajectories of ``step`` are sampled."""
         record, noisy = recorded_steps(self.config, step)
+        if self.update.forward is not None:  # only the clean latents are wanted, from any kernel
+            record, noisy = (), noisy if self.kernel.stochastic else ()
         scale = self.config.rollout.guidance_scale
         return Plan(
             kernel=self.kernel,
@@ -220,6 +257,7 @@ class Trainer:
             guidance_scale=self.policy.sampler.guidance_scale if scale is None else scale,
             record=record,
             noisy=noisy,
+            keep_means="old_mean" in self.update.objective.needs,
         )
 
     @torch.no_grad()
@@ -229,24 +267,12 @@ class Trainer:
         Raises:
             RewardFailedError: on all processes, where it was raised on one of them.
         """
-        alone = self.accelerator.num_processes == 1
-        local: Score | RewardFailedError
-        try:
-            local = self._local_score(rollout, scorer)
-        except RewardFailedError as error:
-            if alone:
-                raise
-            local = error  # the others wait for this process's scores: they must hear of it
-        if alone and isinstance(local, Score):
-            return local, rollout.groups
-        from accelerate.utils import gather_object
-
-        # In one transfer: where a reward failed on one process, its parts are missing there.
-        sent = local.to("cpu") if isinstance(local, Score) else local
-        shares = gather_object([(sent, rollout.groups.cpu())])
-        for found, _ in shares:
-            if isinstance(found, RewardFailedError):
-                raise found
+        if self.accelerator.num_processes == 1:
+            return self._local_score(rollout, scorer), rollout.groups
+        shares = everywhere(
+            self.accelerator,
+            lambda: (self._local_score(rollout, scorer).to("cpu"), rollout.groups.cpu()),
+        )
         score = Score.cat([s for s, _ in shares]).to(self.policy.device)
         return score, torch.cat([g for _, g in shares])
 
@@ -258,35 +284,67 @@ class Trainer:
             score = scorer.results()
         return replace(score, notes=())
 
-    def advantages(self, rollout: Rollout, score: Score, groups: Tensor) -> Tensor:
-        """Advantages of all samples, ``(B,)``, clipped."""
+    def values(
+        self, rollout: Rollout, score: Score, plan: Plan, steps: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """Rewards of the completions, of ``steps`` each, of the states around recorded steps.
+
+        Returns:
+            Values and validity of all samples over all processes, ``(B, S + 1)``, and evaluations.
+        """
+        final = credit.ends_clean(plan, rollout)  # the last state leads to the picture itself
+        shares = everywhere(
+            self.accelerator,
+            lambda: credit.score_states(
+                self.policy, self.reward, rollout, range(len(rollout.steps) + (not final)),
+                steps=steps, batch_size=self.config.rollout.batch_size, dtype=self.dtype,
+            ),
+        )  # fmt: skip
+        device = score.value.device
+        values = torch.cat([s[0] for s in shares]).to(device)
+        valid = torch.cat([s[1] for s in shares]).to(device)
+        if final:
+            values = torch.cat([values, score.value[:, None]], 1)
+            valid = torch.cat([valid, score.valid[:, None]], 1)
+        return values, valid, sum(s[2] for s in shares)
+
+    def evidence(self, rollout: Rollout, score: Score, groups: Tensor) -> tuple[Credit, int]:
+        """What advantages are made from, and the network evaluations that it took."""
+        objective, nfe = self.update.objective, 0
+        values = valid = None
+        if "values" in objective.needs:
+            steps = objective.completion_steps
+            values, valid, nfe = self.values(rollout, score, self.plan(self.step), steps)
+        return Credit(
+            score=score, groups=groups, outcome=self._outcome(score, groups), steps=rollout.steps,
+            options=self.config.advantage, values=values, valid=valid,
+            lowest=self.reward.info.range[0],
+            history=None if self.history is None else self.history(score),
+        ), nfe  # fmt: skip
+
+    def advantages(self, evidence: Credit) -> Tensor:
+        """Advantages of all samples, clipped: ``(B,)``, or ``(B, S)`` with one for each step."""
+        own = getattr(self.update.objective, "advantage", None)
+        advantage = evidence.outcome if own is None else own(evidence)
+        limit = self.config.advantage.clip
+        return advantage.clamp(-limit, limit)
+
+    def _outcome(self, score: Score, groups: Tensor) -> Tensor:
         c = self.config.advantage
-        weights = self._separate()
+        weights = self._weights()
         if self.tracker is not None:
             rows = rows_of_step(self.config, self.prompts, self.step)
-            advantage = self.tracker(score.value, score.valid, rows.prompts)
-        elif weights:
-            advantage = combined_advantage(score.parts, weights, score.valid, groups, c.std, c.eps)
-        else:
-            advantage = group_advantage(score.value, score.valid, groups, c.std, c.eps)
-        return advantage.clamp(-c.clip, c.clip)
+            return self.tracker(score.value, score.valid, rows.prompts)
+        if weights:
+            return combined_advantage(score.parts, weights, score.valid, groups, c.std, c.eps)
+        return group_advantage(score.value, score.valid, groups, c.std, c.eps)
 
-    def _separate(self) -> dict[str, float]:
-        """Weights of the rewards whose advantages are taken one by one; empty for their sum's."""
-        composition = getattr(self.reward, "composition", None)
-        wanted = self.config.advantage.combine == "advantages"
-        if composition is None or not (wanted or composition.per_reward_advantages):
-            return {}
-        if not composition.linear:
-            raise ConfigError(
-                f"advantage.combine is 'advantages', which needs a weighted sum of rewards; "
-                f"{composition.info.name} is a {composition.kind}. Use combine 'rewards'"
-            )
-        return dict(composition.weights)
+    def _weights(self) -> dict[str, float]:
+        return credit.separate_weights(self.reward, self.config.advantage)
 
     def _keep(self, advantage: Tensor, groups: Tensor) -> Tensor:
         if self.config.advantage.keep == 0:
-            return torch.ones_like(advantage, dtype=torch.bool)
+            return torch.ones(len(advantage), dtype=torch.bool, device=advantage.device)
         return keep_extremes(advantage, groups, self.config.advantage.keep)
 
     def _updates(self, rollout: Rollout, advantage: Tensor, keep: Tensor) -> list[Any]:
@@ -303,7 +361,12 @@ class Trainer:
             results.append(self.update(rollout[local - low], advantage[at], keep[at], count))
             self.updates += 1
             self.model.update_ema(self.updates)
+        self.model.update_copies(self.updates)
         return results
+
+    def _use_kernel(self, kernel: StepSdeKernel) -> None:
+        self.kernel = self.update.kernel = kernel
+        self.calibrated = True
 
     def _scale(self) -> float:
         return lr_scale(self.config, self.step)
@@ -313,23 +376,6 @@ class Trainer:
             return value
         total = torch.tensor(float(value), device=self.accelerator.device, dtype=torch.float64)
         return int(self.accelerator.reduce(total, reduction="sum"))
-
-
-def _check_overlap(config: TrainConfig, scope: str, world: int) -> None:
-    """Refuse an overlap that cannot happen, or that would tear apart what is scored together."""
-    size, images = config.rollout.batch_size, config.images_per_prompt
-    largest = -(-config.batch // world)
-    if size >= largest:
-        raise ConfigError(
-            f"rollout.overlap scores one batch while the next is generated, but the {largest} "
-            f"images of a step fit into one of {size}; lower rollout.batch_size"
-        )
-    if scope != "pointwise" and (size % images or config.prompts_per_step % world):
-        raise ConfigError(
-            f"rollout.overlap with a {scope} reward needs whole prompts in a batch: make "
-            f"rollout.batch_size ({size}) a multiple of images_per_prompt ({images}), and "
-            f"prompts_per_step ({config.prompts_per_step}) one of the processes ({world})"
-        )
 
 
 def _refuse_broken(rollout: Rollout) -> None:

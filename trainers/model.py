@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from trainers.config import ModelConfig
 
 
 class TrainableModel:
-    """Prepares a policy's denoiser for training and knows its three versions.
+    """Prepares a policy's denoiser for training and knows its versions.
 
     The *current* weights are what the policy uses; :meth:`reference` switches to the weights
-    before training (the adapter off, or a frozen copy); :meth:`averaged` to the moving average.
+    before training (the adapter off, or a frozen copy); :meth:`averaged` to the moving average;
+    :meth:`version` to one of the copies that an objective asked for with :meth:`keep_copies`.
 
     Raises:
         ConfigError: the LoRA targets match no module of this network.
@@ -46,6 +47,9 @@ class TrainableModel:
             if needs_reference:
                 self._frozen = copy.deepcopy(self.network).eval()
             self._free_weights()
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        self._decays: dict[str, Callable[[int], float]] = {}
+        self._equal: set[str] = set()  # copies that hold the current weights
         self.ema: dict[str, Tensor] = {}
         if config.ema_decay > 0:
             self.ema = {n: p.detach().clone() for n, p in self.named_parameters()}
@@ -132,6 +136,58 @@ class TrainableModel:
         finally:
             self._load(current)
 
+    def keep_copies(self, decays: Mapping[str, Callable[[int], float]]) -> None:
+        """Keep a copy of the trained weights for each name, which follows them by its decay."""
+        self._decays = dict(decays)
+        for name in decays:
+            self.copies[name] = {n: p.detach().clone() for n, p in self.named_parameters()}
+        self._compare()
+
+    @torch.no_grad()
+    def update_copies(self, updates: int) -> None:
+        """Move every copy towards the current weights: ``copy <- d copy + (1 - d) weights``."""
+        for name, decay in self._decays.items():
+            d = decay(updates)
+            for key, parameter in self.named_parameters():
+                copied = self.copies[name][key]
+                # Without decay the copy is exact, which interpolation would not promise.
+                copied.lerp_(parameter, 1 - d) if d > 0 else copied.copy_(parameter)
+        self._compare()
+
+    def moved(self) -> None:
+        """The current weights have changed, so no copy holds them any longer."""
+        self._equal.clear()
+
+    def is_current(self, name: str) -> bool:
+        """Whether the copy ``name`` is known to hold the current weights."""
+        return name in self._equal
+
+    @torch.no_grad()
+    def _compare(self) -> None:
+        named = self.named_parameters()
+        same = (n for n, held in self.copies.items() if all(held[k].equal(p) for k, p in named))
+        self._equal = set(same)
+
+    @contextmanager
+    def version(self, name: str) -> Iterator[None]:
+        """Within, the policy uses ``current``, ``reference`` or a kept copy of the weights."""
+        if name == "current":
+            yield
+        elif name == "reference":
+            with self.reference():
+                yield
+        else:
+            self._swap(self.copies[name])
+            try:
+                yield
+            finally:
+                self._swap(self.copies[name])
+
+    def _swap(self, values: dict[str, Tensor]) -> None:
+        """Exchange storage with ``values``; nothing is copied, whatever the size."""
+        for name, parameter in self.named_parameters():
+            parameter.data, values[name] = values[name], parameter.data
+
     @torch.no_grad()
     def _load(self, values: dict[str, Tensor]) -> None:
         for name, parameter in self.named_parameters():
@@ -146,15 +202,20 @@ class TrainableModel:
             self.ema[name].lerp_(parameter, 1 - self.config.ema_decay)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Trainable weights and their average."""
+        """Trainable weights, their average and their copies (``copy/<name>``)."""
         weights = {n: p.detach() for n, p in self.named_parameters()}
-        return {"weights": weights, "ema": self.ema}
+        copies = {f"copy/{name}": values for name, values in self.copies.items()}
+        return {"weights": weights, "ema": self.ema, **copies}
 
     def load_state_dict(self, state: dict[str, dict[str, Tensor]]) -> None:
         """Restore :meth:`state_dict`. Raises ``KeyError`` on a missing parameter."""
         self._load(state["weights"])
         for name, value in state["ema"].items():
             self.ema[name].copy_(value)
+        for name, values in self.copies.items():
+            for key, value in values.items():
+                value.copy_(state[f"copy/{name}"][key])
+        self._compare()
 
     def export(self, folder: Path) -> Path:
         """Write what users load: ``lora/`` for ``pipe.load_lora_weights`` or ``pipeline/``.
@@ -174,16 +235,18 @@ class TrainableModel:
         from peft.utils import get_peft_model_state_dict
 
         config = self.network.peft_config["default"].to_dict()  # type: ignore[union-attr,index]
+        # Pipelines name their arguments after the denoiser: a UNet, or else a transformer.
+        part = "unet" if hasattr(self.policy.pipeline, "unet") else "transformer"
+        options = {
+            f"{part}_lora_layers": get_peft_model_state_dict(self.network),
+            f"{part}_lora_adapter_metadata": _plain(config),
+        }
         with atomic_directory(target) as partial:
-            type(self.policy.pipeline).save_lora_weights(
-                partial,
-                transformer_lora_layers=get_peft_model_state_dict(self.network),
-                transformer_lora_adapter_metadata=_plain(config),
-            )
+            type(self.policy.pipeline).save_lora_weights(partial, **options)
         return target
 
     def _copy_sampler(self, target: Path) -> None:
-        from mmalign.policies.sd3 import SAMPLER_FILE
+        from mmalign.policies.base import SAMPLER_FILE
 
         source = Path(str(getattr(self.policy.pipeline, "name_or_path", "") or ""))
         if (source / SAMPLER_FILE).is_file():

@@ -71,7 +71,7 @@ def preflight(trainer: Trainer) -> Report:
         score, groups = trainer.score(rollout)
         checks = [
             _finite(rollout),
-            _ratio(trainer, rollout),
+            *([_ratio(trainer, rollout)] if rollout.steps else []),
             _scored(score),
             *_spread(score, groups),
             _gradient(trainer, rollout),

@@ -28,7 +28,7 @@ KINDS: dict[str, type[Composition]] = {
         GroupRank,
         Pareto,
         WinRate,
-    )  # fmt: skip
+    )
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import warnings
@@ -17,9 +18,22 @@ from mmalign.protocols import Policy
 from mmalign.registry import POLICIES, unknown
 from mmalign.runtime.device import pick_device
 
+# Random pipelines of a few thousand parameters, built on the spot for tests.
+TINY = {
+    "tiny-sd": "mmalign.policies.tiny:tiny_sd",
+    "tiny-sdxl": "mmalign.policies.tiny:tiny_sdxl",
+    "tiny-sd3": "mmalign.policies.build:tiny_pipeline",
+    "tiny-flux": "mmalign.policies.tiny:tiny_flux",
+}
 # Shipped with the package: short name -> folder under assets/.
-SHIPPED = {"shapes-flow": "shapes-flow", "tiny-sd3": ""}
-_FAMILIES = {"StableDiffusion3Pipeline": "sd3"}
+SHIPPED = {"shapes-flow": "shapes-flow", **dict.fromkeys(TINY, "")}
+_FAMILIES = {
+    "StableDiffusionPipeline": "sd",
+    "StableDiffusionXLPipeline": "sdxl",
+    "StableDiffusion3Pipeline": "sd3",
+    "FluxPipeline": "flux",
+}
+_DIFFUSION = ("sd", "sdxl")  # published with a faster sampler than DDIM, which has no density
 
 
 def load_policy(
@@ -57,6 +71,10 @@ def load_policy(
     if family is None:
         known = ", ".join(sorted(_FAMILIES))
         raise ValueError(f"no policy family for {type(source).__name__}; supported: {known}")
+    if name and family in _DIFFUSION:
+        from mmalign.policies.diffusion import use_ddim
+
+        use_ddim(source)
     if lora is not None:
         source.load_lora_weights(str(lora))
     wanted = [option for option in (device, dtype) if option is not None]
@@ -85,10 +103,9 @@ def policy_on(source: Any, device: str = "auto", lora: str | Path | None = None)
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Load a stock pipeline by shipped name, folder or hub name."""
-    if name == "tiny-sd3":
-        from mmalign.policies.build import tiny_pipeline
-
-        return tiny_pipeline()
+    if name in TINY:
+        module, attribute = TINY[name].split(":")
+        return getattr(importlib.import_module(module), attribute)()
     folder = Path(asset(SHIPPED[name]) if name in SHIPPED else name)
     if folder.is_dir():
         return _from_folder(folder, dtype)

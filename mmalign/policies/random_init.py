@@ -7,101 +7,48 @@ embeddings of the right shape. Pictures made this way mean nothing; their cost i
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mmalign.policies.sd3 import SD3Policy
-from mmalign.registry import unknown
+from mmalign.policies.architectures import ARCHITECTURES, Architecture
+from mmalign.policies.base import PipelinePolicy
+from mmalign.protocols import Policy
+from mmalign.registry import POLICIES, unknown
 from mmalign.runtime.seeds import stable_seed
 from mmalign.types import Conditioning
 
 PREFIX = "random:"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """An SD3-class pipeline by its sizes.
+class RandomText(PipelinePolicy):
+    """Mixed into a family: a prompt's embedding is noise seeded by it, no text encoder is needed.
 
     Attributes:
-        transformer: arguments of ``SD3Transformer2DModel``.
-        vae: arguments of ``AutoencoderKL`` beyond those that all SD3 autoencoders share.
-        text_tokens: length of the prompt embedding: CLIP's tokens and T5's.
-        shift: time shift of the flow-matching scheduler.
+        texts: shapes of one prompt's tensors.
+        guided: whether there is an unconditional branch.
     """
 
-    transformer: Mapping[str, Any]
-    vae: Mapping[str, Any]
-    text_tokens: int
-    shift: float
-
-
-ARCHITECTURES = {
-    # The published transformer, vae and scheduler configurations of Stable Diffusion 3.5 medium.
-    "sd3.5-medium": Architecture(
-        transformer={
-            "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16,
-            "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64,
-            "joint_attention_dim": 4096, "caption_projection_dim": 1536,
-            "pooled_projection_dim": 2048, "pos_embed_max_size": 384,
-            "dual_attention_layers": tuple(range(13)), "qk_norm": "rms_norm",
-        },
-        vae={"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2},
-        text_tokens=77 + 256,
-        shift=3.0,
-    ),
-    # The same structure in miniature, for tests.
-    "sd3-tiny": Architecture(
-        transformer={
-            "sample_size": 8, "patch_size": 2, "in_channels": 4, "out_channels": 4,
-            "num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16,
-            "joint_attention_dim": 32, "caption_projection_dim": 32,
-            "pooled_projection_dim": 32, "pos_embed_max_size": 16,
-            "dual_attention_layers": (0,), "qk_norm": "rms_norm",
-        },
-        vae={
-            "block_out_channels": (8, 8), "layers_per_block": 1, "latent_channels": 4,
-            "norm_num_groups": 4,
-        },
-        text_tokens=12,
-        shift=3.0,
-    ),
-}  # fmt: skip
-
-
-class RandomSD3Policy(SD3Policy):
-    """An SD3-class policy without text encoders: a prompt's embedding is noise seeded by it.
-
-    Args:
-        pipeline: a pipeline whose text encoders are ``None``.
-        name: how reports call it.
-        text_tokens: length of a prompt embedding.
-    """
-
-    def __init__(self, pipeline: Any, *, name: str, text_tokens: int) -> None:
-        super().__init__(pipeline, name=name)
-        self.text_tokens = text_tokens
+    texts: Mapping[str, Sequence[int]]
+    guided: bool
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Random embeddings, a function of the prompt's text alone; any length of prompt fits."""
-        return Conditioning(self._embed(prompts), self._embed([""] * len(prompts)))
+        empty = self._embed([""] * len(prompts)) if self.guided else None
+        return Conditioning(self._embed(prompts), empty)
 
     def _embed(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        config = self.pipeline.transformer.config
-        shapes = {
-            "embeds": (self.text_tokens, config.joint_attention_dim),
-            "pooled": (config.pooled_projection_dim,),
-        }
         rows = {p: torch.Generator().manual_seed(stable_seed("embedding", p)) for p in prompts}
         drawn = {
-            p: {k: torch.randn(s, generator=g) for k, s in shapes.items()} for p, g in rows.items()
+            p: {k: torch.randn(tuple(s), generator=g) for k, s in self.texts.items()}
+            for p, g in rows.items()
         }
-        where = {"device": self.device, "dtype": self.pipeline.transformer.dtype}
-        return {k: torch.stack([drawn[p][k] for p in prompts]).to(**where) for k in shapes}
+        where: dict[str, Any] = {"device": self.device, "dtype": self.denoiser.dtype}
+        return {k: torch.stack([drawn[p][k] for p in prompts]).to(**where) for k in self.texts}
 
 
 def is_random(name: object) -> bool:
@@ -115,7 +62,7 @@ def load_random(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
-) -> RandomSD3Policy:
+) -> Policy:
     """Build ``random:<architecture>`` on ``device`` in ``dtype``; no copy passes through the CPU.
 
     Raises:
@@ -126,38 +73,39 @@ def load_random(
         raise unknown("random architecture", name, [PREFIX + n for n in ARCHITECTURES])
     where = torch.device(device)
     with _drawn_on(where, dtype, seed):
-        pipeline = _build(found)
+        pipeline = build_random(found)
     pipeline.to(where, dtype)  # buffers that are made in fp32 whatever the default
-    return RandomSD3Policy(pipeline, name=name, text_tokens=found.text_tokens)
+    family = POLICIES.load(found.family)
+    texts = {"texts": found.texts, "guided": found.guided}
+    policy = type(f"Random{family.__name__}", (RandomText, family), texts)
+    return policy(pipeline, name=name)  # type: ignore[no-any-return]
 
 
-def _build(found: Architecture) -> Any:
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
+def build_random(found: Architecture) -> Any:
+    """The stock pipeline of an architecture, without text encoders, on torch's default device."""
+    import diffusers
+
+    network, scheduler, pipeline = (
+        getattr(diffusers, n) for n in (found.network_class, found.scheduler_class, found.pipeline)
     )
-
     blocks = len(found.vae["block_out_channels"])
-    vae = {
-        "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609,
-        "use_quant_conv": False, "use_post_quant_conv": False,
-        "down_block_types": ("DownEncoderBlock2D",) * blocks,
-        "up_block_types": ("UpDecoderBlock2D",) * blocks,
+    vae = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * blocks,
+        up_block_types=("UpDecoderBlock2D",) * blocks,
         **found.vae,
-    }  # fmt: skip
-    texts = ("text_encoder", "text_encoder_2", "text_encoder_3")
-    absent = {n.replace("text_encoder", part): None for n in texts for part in _TEXT_PARTS}
-    return StableDiffusion3Pipeline(
-        transformer=SD3Transformer2DModel(**found.transformer).eval(),
-        vae=AutoencoderKL(**vae).eval(),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=found.shift),
-        **absent,
+    )
+    asked = inspect.signature(pipeline.__init__).parameters
+    absent = [n for n in asked if n.startswith(_ABSENT)]
+    return pipeline(
+        **{found.component: network(**found.network).eval()},
+        vae=vae.eval(),
+        scheduler=scheduler(**found.scheduler),
+        **dict.fromkeys(absent),
+        **({"requires_safety_checker": False} if "requires_safety_checker" in asked else {}),
     )
 
 
-_TEXT_PARTS = ("text_encoder", "tokenizer")
+_ABSENT = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor")
 
 
 @contextmanager

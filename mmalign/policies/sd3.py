@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mmalign.protocols import Parameterisation, Sampler
-from mmalign.types import Conditioning, Media, MediaKind
+from mmalign.policies.base import SAMPLER_FILE
+from mmalign.policies.flow import FlowPolicy
+from mmalign.types import Conditioning
 
-SAMPLER_FILE = "sampler.json"  # beside model_index.json: the sampler the model's makers recommend
+__all__ = ["SAMPLER_FILE", "SD3Policy"]
 
 
-class SD3Policy:
+class SD3Policy(FlowPolicy):
     """Flow-matching policy over the components of a stock SD3-class pipeline.
 
     Args:
@@ -28,39 +26,13 @@ class SD3Policy:
     """
 
     family = "sd3"
-    parameterisation: Parameterisation = "flow"
-    media: MediaKind = "image"
 
     def __init__(
         self, pipeline: Any, *, name: str = "", max_sequence_length: int | None = None
     ) -> None:
-        _check_scheduler(pipeline.scheduler)
-        self.pipeline = pipeline
-        self.name = name or str(getattr(pipeline, "name_or_path", "") or type(pipeline).__name__)
-        recommended = _recommended(pipeline)
-        side = pipeline.default_sample_size * pipeline.vae_scale_factor
-        self.sampler = Sampler(
-            steps=recommended.get("steps", 28),
-            guidance_scale=recommended.get("guidance_scale", 4.5),
-            height=recommended.get("height", side),
-            width=recommended.get("width", side),
-        )
-        default = recommended.get("max_sequence_length", 256)
+        super().__init__(pipeline, name=name, steps=28, guidance_scale=4.5)
+        default = self.recommended.get("max_sequence_length", 256)
         self.max_sequence_length = default if max_sequence_length is None else max_sequence_length
-
-    @property
-    def device(self) -> torch.device:
-        """Where the transformer lives."""
-        return self.denoiser.device  # type: ignore[return-value]
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The pipeline's ``SD3Transformer2DModel``."""
-        return self.pipeline.transformer  # type: ignore[no-any-return]
-
-    @denoiser.setter
-    def denoiser(self, network: nn.Module) -> None:
-        self.pipeline.transformer = network
 
     @property
     def unused_modules(self) -> tuple[str, ...]:
@@ -71,24 +43,14 @@ class SD3Policy:
         last = f"transformer_blocks.{len(self.pipeline.transformer.transformer_blocks) - 1}.attn"
         return (f"{last}.add_q_proj", f"{last}.norm_added_q")
 
-    @property
-    def identity(self) -> str:
-        """Hash of the denoiser's weights, for provenance."""
-        digest = hashlib.sha256()
-        for key, value in sorted(self.denoiser.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().float().cpu().numpy().tobytes())
-        return f"{self.name}@{digest.hexdigest()[:12]}"
-
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts and the empty prompt, on the policy's device.
 
         Raises:
-            ValueError: a prompt has more tokens than the CLIP text encoders take; silently
-                truncating it would train on another prompt than the one scored.
+            ValueError: a prompt has more tokens than a text encoder takes.
         """
-        self._check_length(prompts)
+        self.check_length(prompts, self._limits())
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
@@ -103,104 +65,27 @@ class SD3Policy:
             {"embeds": negative, "pooled": negative_pooled},
         )
 
-    def init_noise(self, seeds: Sequence[int]) -> Tensor:
-        """Standard normal latents ``(B, C, h, w)``, one CPU generator per seed.
-
-        The same draw as the stock pipeline's for ``generator=[torch.Generator().manual_seed(s)]``.
-        """
-        scale = self.pipeline.vae_scale_factor
-        channels = self.pipeline.transformer.config.in_channels
-        shape = (1, channels, self.sampler.height // scale, self.sampler.width // scale)
-        rows = [torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]
-        return torch.cat(rows).to(self.device)
-
     def sigmas(self, steps: int) -> Tensor:
         """The pipeline scheduler's own grid, ``(steps + 1,)``, ending at 0."""
-        # A fresh scheduler: the pipeline's own carries state between calls.
-        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
-        options = {}
-        if scheduler.config.get("use_dynamic_shifting"):
-            options["mu"] = self._dynamic_shift()
-        scheduler.set_timesteps(steps, device=self.device, **options)
-        return scheduler.sigmas.float()  # type: ignore[no-any-return]
+        if not self.pipeline.scheduler.config.get("use_dynamic_shifting"):
+            return self.grid(steps)
+        _, height, width = self.latent_shape
+        patch = self.pipeline.transformer.config.patch_size
+        tokens = (height // patch) * (width // patch)
+        return self.grid(steps, mu=self.dynamic_shift(tokens, max_shift=1.16))
 
-    def predict(
-        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, guidance_scale: float
-    ) -> Tensor:
-        """Velocity ``eps - x0``, ``(B, C, h, w)`` fp32; guidance above 1 batches both branches."""
-        guided = guidance_scale > 1 and conditioning.negative is not None
-        cond = conditioning.positive
-        x = latents.to(self.pipeline.transformer.dtype)
-        time = (sigma * self.pipeline.scheduler.config.num_train_timesteps).expand(len(x))
-        if guided:
-            negative = conditioning.negative or {}
-            cond = {k: torch.cat([negative[k], v]) for k, v in cond.items()}
-            x, time = torch.cat([x, x]), torch.cat([time, time])
-        velocity = self.pipeline.transformer(
+    def call(self, x: Tensor, time: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
+        """Velocity ``eps - x0``, ``(B, C, h, w)``."""
+        return self.pipeline.transformer(  # type: ignore[no-any-return]
             hidden_states=x,
             timestep=time,
-            encoder_hidden_states=cond["embeds"],
-            pooled_projections=cond["pooled"],
+            encoder_hidden_states=conditioning["embeds"],
+            pooled_projections=conditioning["pooled"],
             return_dict=False,
         )[0]
-        if guided:
-            # Combined in the network's precision, as the stock pipeline does.
-            unconditional, conditional = velocity.chunk(2)
-            velocity = unconditional + guidance_scale * (conditional - unconditional)
-        return velocity.float()  # type: ignore[no-any-return]
 
-    def decode(self, latents: Tensor) -> Media:
-        """Latents to images ``(B, 3, H, W)`` in [0, 1]."""
-        vae = self.pipeline.vae
-        scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-        pixels = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-        return Media((pixels.float() / 2 + 0.5).clamp(0, 1))
-
-    def _check_length(self, prompts: Sequence[str]) -> None:
+    def _limits(self) -> list[tuple[Any, int]]:
         limits = [(self.pipeline.tokenizer, self.pipeline.tokenizer_max_length)]
         if self.pipeline.tokenizer_3 is not None:
             limits.append((self.pipeline.tokenizer_3, self.max_sequence_length))
-        for tokenizer, limit in limits:
-            for prompt in prompts:
-                count = len(tokenizer(prompt).input_ids)
-                if count > limit:
-                    raise ValueError(
-                        f"prompt has {count} tokens but a text encoder of {self.name} takes "
-                        f"{limit} (start and end included): {prompt!r}. "
-                        f"Shorten it by {count - limit} tokens."
-                    )
-
-    def _dynamic_shift(self) -> float:
-        from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
-            calculate_shift,
-        )
-
-        config = self.pipeline.scheduler.config
-        scale, patch = self.pipeline.vae_scale_factor, self.pipeline.transformer.config.patch_size
-        tokens = (self.sampler.height // scale // patch) * (self.sampler.width // scale // patch)
-        return calculate_shift(  # type: ignore[no-any-return]
-            tokens,
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
-        )
-
-
-def _check_scheduler(scheduler: Any) -> None:
-    """Only the deterministic Euler flow scheduler: the suite adds its own noise."""
-    kind = type(scheduler).__name__
-    if kind != "FlowMatchEulerDiscreteScheduler" or scheduler.config.get("stochastic_sampling"):
-        raise ValueError(
-            f"the SD3 policy needs a FlowMatchEulerDiscreteScheduler without stochastic_sampling, "
-            f"got {kind}; set pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config("
-            "pipeline.scheduler.config)"
-        )
-
-
-def _recommended(pipeline: Any) -> dict[str, Any]:
-    """The recommended sampler beside a pipeline loaded from a folder, else nothing."""
-    path = Path(str(getattr(pipeline, "name_or_path", "") or "")) / SAMPLER_FILE
-    if not path.is_file():
-        return {}
-    return dict(json.loads(path.read_text(encoding="utf-8")))
+        return limits

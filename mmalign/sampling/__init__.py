@@ -1,5 +1,7 @@
 """Sampling: transition kernels, trajectories that can be replayed, plain generation."""
 
+from mmalign.sampling.ddim import DdimKernel
+from mmalign.sampling.fit import KernelMismatchError, fitted
 from mmalign.sampling.generate import generate
 from mmalign.sampling.kernels import (
     CpsKernel,
@@ -13,11 +15,14 @@ from mmalign.sampling.rollout import Plan, collect, replay
 __all__ = [
     "CpsKernel",
     "DanceSdeKernel",
+    "DdimKernel",
     "FlowSdeKernel",
+    "KernelMismatchError",
     "OdeKernel",
     "Plan",
     "build_kernel",
     "collect",
+    "fitted",
     "generate",
     "replay",
 ]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mmalign.protocols import Policy
-from mmalign.sampling.kernels import OdeKernel
+from mmalign.sampling.fit import deterministic
 from mmalign.types import Conditioning, Media
 
 
@@ -20,9 +20,9 @@ def autocast(device: torch.device, dtype: torch.dtype | None) -> AbstractContext
     return torch.autocast(device.type, dtype)
 
 
-def evaluations(rows: int, guidance_scale: float) -> int:
-    """Network evaluations of one call: guidance doubles them."""
-    return rows * (2 if guidance_scale > 1 else 1)
+def evaluations(rows: int, guidance_scale: float, conditioning: Conditioning) -> int:
+    """Network evaluations of one call: guidance doubles them where there are two branches."""
+    return rows * (2 if guidance_scale > 1 and conditioning.negative is not None else 1)
 
 
 @torch.no_grad()
@@ -33,11 +33,11 @@ def integrate(
     conditioning: Conditioning,
     guidance_scale: float,
 ) -> Tensor:
-    """Euler integration of the ODE along ``sigmas``; returns the last state."""
-    kernel = OdeKernel()
+    """Deterministic steps along ``sigmas``; returns the last state."""
+    kernel = deterministic(policy.parameterisation)
     for k in range(len(sigmas) - 1):
-        velocity = policy.predict(latents, sigmas[k], conditioning, guidance_scale)
-        latents = kernel.step(latents, sigmas[k], sigmas[k + 1], velocity).x_next
+        prediction = policy.predict(latents, sigmas[k], conditioning, guidance_scale)
+        latents = kernel.step(latents, sigmas[k], sigmas[k + 1], prediction).x_next
     return latents
 
 
@@ -52,7 +52,7 @@ def generate(
     dtype: torch.dtype | None = None,
     encode: Callable[[Sequence[str]], Conditioning] | None = None,
 ) -> tuple[Media, int]:
-    """Generate one sample per (prompt, seed) with the ODE sampler.
+    """Generate one sample per (prompt, seed) with the deterministic sampler.
 
     In fp32 the result equals the stock pipeline's for the same seeds, steps and guidance.
 
@@ -76,4 +76,4 @@ def generate(
             policy, policy.init_noise(seeds), policy.sigmas(steps), conditioning, scale
         )
         media = policy.decode(latents)
-    return media, steps * evaluations(len(seeds), scale)
+    return media, steps * evaluations(len(seeds), scale, conditioning)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from mmalign.protocols import Kernel, Policy
+from mmalign.sampling.fit import deterministic, fitted
 from mmalign.sampling.generate import autocast, evaluations
-from mmalign.sampling.kernels import OdeKernel
 from mmalign.types import Conditioning, Rollout, Step
 
 
@@ -19,13 +19,15 @@ class Plan:
     """How trajectories are sampled and which of their steps are recorded.
 
     Attributes:
-        kernel: the stochastic kernel.
+        kernel: the stochastic kernel; any kernel where nothing is recorded and no step is noisy.
         steps: length of the grid.
         guidance_scale: the policy *is* the guided velocity; replay uses the same scale.
         record: recorded (trainable) steps, ascending; the last step of the grid, which leads to
-            sigma 0 where there is no density, is never among them.
+            the clean picture where there is no density, is never among them. Empty, with
+            ``noisy`` given, where only the clean result is wanted.
         noisy: steps on which the stochastic kernel acts; ``None`` means the recorded ones. Every
-            other step is an ODE step and consumes no randomness.
+            other step is deterministic and consumes no randomness.
+        keep_means: keep the means of the recorded transitions too.
     """
 
     kernel: Kernel
@@ -33,15 +35,19 @@ class Plan:
     guidance_scale: float
     record: tuple[int, ...]
     noisy: tuple[int, ...] | None = None
+    keep_means: bool = False
 
     def __post_init__(self) -> None:
-        if not self.kernel.stochastic:
-            raise ValueError("trajectories need a stochastic kernel: flow_sde, dance_sde or cps")
-        if not self.record:
-            raise ValueError("a plan must record at least one step")
+        if not self.kernel.stochastic and (self.record or self.noisy != ()):
+            raise ValueError(
+                "trajectories need a stochastic kernel: flow_sde, dance_sde or cps for flow "
+                "models, ddim with eta above 0 for diffusion models"
+            )
+        if not self.record and self.noisy is None:
+            raise ValueError("a plan must record at least one step, or name its noisy steps")
         if list(self.record) != sorted(set(self.record)):
             raise ValueError(f"recorded steps must ascend without repeats, got {self.record}")
-        if self.record[0] < 0 or self.record[-1] > self.steps - 2:
+        if self.record and not 0 <= self.record[0] <= self.record[-1] <= self.steps - 2:
             raise ValueError(
                 f"recorded steps {self.record} must lie in 0..{self.steps - 2}: step "
                 f"{self.steps - 1} of {self.steps} leads to sigma 0 and has no density"
@@ -80,6 +86,8 @@ def collect(
         batch_size: rows per network call.
         dtype: autocast precision; the update must use the same for the ratio to start at 1.
     """
+    if plan.stochastic_steps:  # else the kernel is never asked
+        plan = replace(plan, kernel=fitted(plan.kernel, policy))
     policy.denoiser.eval()
     starts = list(seeds if init_seeds is None else init_seeds)
     parts = []
@@ -101,16 +109,18 @@ def _trajectory(
     starts: Sequence[int], plan: Plan, conditioning: Conditioning, version: int,
 ) -> Rollout:  # fmt: skip
     sigmas = policy.sigmas(plan.steps)
-    scale, noisy, ode = plan.guidance_scale, plan.stochastic_steps, OdeKernel()
+    scale, noisy = plan.guidance_scale, plan.stochastic_steps
+    ode = deterministic(policy.parameterisation)
     x, first, nfe = _shared_prefix(policy, prompts, starts, plan, conditioning, sigmas)
     # One generator per sample: a sample's noise does not depend on who shares its batch.
     generators = [torch.Generator().manual_seed(s ^ _NOISE_STREAM) for s in seeds]
     states: list[Tensor] = []
     nexts: list[Tensor] = []
+    means: list[Tensor] = []
     log_probs: list[Tensor] = []
     for k in range(first, plan.steps):
         velocity = policy.predict(x, sigmas[k], conditioning, scale)
-        nfe += evaluations(len(x), scale)
+        nfe += evaluations(len(x), scale, conditioning)
         if k in noisy:
             noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
             step = plan.kernel.step(x, sigmas[k], sigmas[k + 1], velocity, noise.to(x.device))
@@ -121,6 +131,8 @@ def _trajectory(
                 raise ValueError(f"step {k} has no density: the kernel adds no noise there")
             states.append(x)
             nexts.append(step.x_next)
+            if plan.keep_means:
+                means.append(step.mean)
             log_probs.append(step.log_prob)
         x = step.x_next
     return Rollout(
@@ -129,16 +141,22 @@ def _trajectory(
         seeds=seeds,
         sigmas=sigmas,
         steps=plan.record,
-        latents=torch.stack(states, 1),
-        next_latents=torch.stack(nexts, 1),
-        log_probs=torch.stack(log_probs, 1),
+        latents=_stacked(states, x),
+        next_latents=_stacked(nexts, x),
+        log_probs=_stacked(log_probs, x.new_empty(len(x))),
         final=x,
         media=policy.decode(x),
         conditioning=conditioning,
         guidance_scale=scale,
         policy_version=version,
         nfe=nfe,
+        means=_stacked(means, x) if plan.keep_means else None,
     )
+
+
+def _stacked(rows: list[Tensor], like: Tensor) -> Tensor:
+    """Recorded values ``(B, S, ...)``; where nothing was recorded, ``S`` is 0."""
+    return torch.stack(rows, 1) if rows else like.unsqueeze(1)[:, :0]
 
 
 _NOISE_STREAM = 0x5DEECE66D  # keeps the steps' noise apart from the initial noise of the same seed
@@ -148,18 +166,18 @@ def _shared_prefix(
     policy: Policy, prompts: tuple[str, ...], starts: Sequence[int], plan: Plan,
     conditioning: Conditioning, sigmas: Tensor,
 ) -> tuple[Tensor, int, int]:  # fmt: skip
-    """Run the ODE steps before the first noisy one, once per distinct (prompt, initial noise)."""
-    first = min(plan.stochastic_steps)
+    """Run the steps before the first noisy one, once per distinct (prompt, initial noise)."""
+    first = min(plan.stochastic_steps, default=plan.steps)
     keys = list(zip(prompts, starts, strict=True))
     distinct = {key: i for i, key in reversed(list(enumerate(keys)))}
     rows = sorted(distinct.values())
     x = policy.init_noise([starts[i] for i in rows])
-    cond = conditioning[rows]
+    cond, ode = conditioning[rows], deterministic(policy.parameterisation)
     for k in range(first):
         velocity = policy.predict(x, sigmas[k], cond, plan.guidance_scale)
-        x = OdeKernel().step(x, sigmas[k], sigmas[k + 1], velocity).x_next
+        x = ode.step(x, sigmas[k], sigmas[k + 1], velocity).x_next
     place = {i: n for n, i in enumerate(rows)}
-    nfe = first * evaluations(len(rows), plan.guidance_scale)
+    nfe = first * evaluations(len(rows), plan.guidance_scale, cond)
     return x[[place[distinct[key]] for key in keys]], first, nfe
 
 
@@ -182,7 +200,7 @@ def replay(
         velocity = policy.predict(
             x, rollout.sigmas[k], rollout.conditioning, rollout.guidance_scale
         )
-    step = kernel.step(
+    step = fitted(kernel, policy).step(
         x,
         rollout.sigmas[k],
         rollout.sigmas[k + 1],

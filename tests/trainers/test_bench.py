@@ -10,10 +10,11 @@ import torch
 
 from mmalign.commands.bench import summary
 from mmalign.config import ConfigError
-from mmalign.policies.random_init import ARCHITECTURES, load_random
+from mmalign.policies.architectures import ARCHITECTURES
+from mmalign.policies.random_init import load_random
 from mmalign.registry import UnknownNameError
-from trainers.bench import bench
 from mmalign.runtime.measure import count_flops, cpu_threads, timed
+from trainers.bench import bench
 
 DIALS = {"device": "cpu", "dtype": "fp32", "batch_size": 2, "images": 2, "steps": 3, "repeats": 2}
 STAGES = ["encode", "network", "rollout", "decode", "reward", "update"]
@@ -21,7 +22,7 @@ STAGES = ["encode", "network", "rollout", "decode", "reward", "update"]
 
 @pytest.fixture(autouse=True)
 def small_matrix(monkeypatch):
-    monkeypatch.setattr("trainers.bench.MATMUL_SIDE", {"cpu": 128})
+    monkeypatch.setattr("mmalign.runtime.measure.MATMUL_SIDE", {"cpu": 128})
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def measured(tmp_path_factory):
     """Both kinds of policy, measured once; with the file that was written."""
     folder = tmp_path_factory.mktemp("bench")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trainers.bench.MATMUL_SIDE", {"cpu": 128})
+        patch.setattr("mmalign.runtime.measure.MATMUL_SIDE", {"cpu": 128})
         return {
             name: (bench(name, out=folder / "deep" / f"{i}.json", **DIALS, **more),
                    folder / "deep" / f"{i}.json")
@@ -158,6 +159,6 @@ class TestRandomPolicy:
         from diffusers import SD3Transformer2DModel
 
         with torch.device("meta"):
-            model = SD3Transformer2DModel(**ARCHITECTURES["sd3.5-medium"].transformer)
+            model = SD3Transformer2DModel(**ARCHITECTURES["sd3.5-medium"].network)
         count = sum(p.numel() for p in model.parameters())
         assert 2.2e9 < count < 2.6e9

@@ -9,7 +9,7 @@ from mmalign.registry import KERNELS, OBJECTIVES
 from mmalign.sampling import build_kernel
 from trainers.data import minibatches, recorded_steps
 from trainers.entry import resolve_recipe, run_hash
-from trainers.objective import build_objective
+from trainers.objective import build_objective, process_of
 
 RECIPES = sorted(shipped_recipes())
 
@@ -22,8 +22,9 @@ def test_there_are_recipes():
 def test_recipe_resolves(name):
     config = resolve_recipe(name)
     assert config.algorithm in OBJECTIVES and config.rollout.kernel in KERNELS
-    build_objective(config.algorithm, dict(config.objective))
-    assert build_kernel(config.rollout.kernel, **dict(config.rollout.kernel_options)).stochastic
+    process = process_of(build_objective(config.algorithm, dict(config.objective)))
+    kernel = build_kernel(config.rollout.kernel, **dict(config.rollout.kernel_options))
+    assert kernel.stochastic or process == "forward"
     recorded, noisy = recorded_steps(config, 0)
     assert recorded and set(recorded) <= set(noisy)
     assert sum(map(len, minibatches(config, 0))) == config.batch

@@ -1,0 +1,56 @@
+"""What the flow-matching families share: the Euler scheduler and its grid of noise levels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from mmalign.policies.base import PipelinePolicy
+from mmalign.protocols import Parameterisation
+
+
+class FlowPolicy(PipelinePolicy):
+    """Policy whose network predicts ``eps - x0`` on ``x = (1 - sigma) x0 + sigma eps``.
+
+    Raises:
+        ValueError: the pipeline's scheduler is not the deterministic Euler flow scheduler; the
+            suite adds its own noise.
+    """
+
+    parameterisation: Parameterisation = "flow"
+
+    def __init__(self, pipeline: Any, **options: Any) -> None:
+        scheduler = pipeline.scheduler
+        kind = type(scheduler).__name__
+        if kind != "FlowMatchEulerDiscreteScheduler" or scheduler.config.get("stochastic_sampling"):
+            raise ValueError(
+                f"the {self.family} policy needs a FlowMatchEulerDiscreteScheduler without "
+                f"stochastic_sampling, got {kind}; set pipeline.scheduler = "
+                "FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, "
+                "stochastic_sampling=False)"
+            )
+        super().__init__(pipeline, **options)
+
+    def times(self, sigma: Tensor) -> Tensor:
+        """``sigma`` in the scheduler's units."""
+        return sigma * self.pipeline.scheduler.config.num_train_timesteps  # type: ignore[no-any-return]
+
+    def grid(self, steps: int, **options: Any) -> Tensor:
+        """The scheduler's grid, ``(steps + 1,)``, ending at 0; ``options`` as in set_timesteps."""
+        # A fresh scheduler: the pipeline's own carries state between calls.
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device, **options)
+        return scheduler.sigmas.float()  # type: ignore[no-any-return]
+
+    def dynamic_shift(self, tokens: int, max_shift: float) -> float:
+        """The scheduler's shift for ``tokens`` image tokens: a line through two (tokens, shift).
+
+        ``max_shift`` is the pipeline's default where the scheduler does not name one.
+        """
+        config = self.pipeline.scheduler.config
+        few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        low, high = config.get("base_shift", 0.5), config.get("max_shift", max_shift)
+        slope = (high - low) / (many - few)
+        # Slope and intercept, as the stock pipelines write it, so that results agree bit for bit.
+        return tokens * slope + (low - slope * few)  # type: ignore[no-any-return]

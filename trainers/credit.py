@@ -1,0 +1,216 @@
+"""What advantages are made from: final scores, and the values of the states on the way.
+
+An objective that needs ``values`` gets the reward of the completion of every state around its
+recorded steps; one that has a method ``advantage(credit)`` makes its own advantages from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mmalign.config import ConfigError
+from mmalign.protocols import Policy, RewardModel
+from mmalign.reward_info import RewardInfo
+from mmalign.sampling.completion import complete
+from mmalign.sampling.generate import autocast
+from mmalign.sampling.rollout import Plan
+from mmalign.types import Rollout, Score
+from trainers.config import AdvantageConfig
+from vision_rewards.guard import RewardFailedError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Credit:
+    """The evidence of one training step, for all samples over all processes.
+
+    Attributes:
+        score: final scores.
+        groups: ``(B,)``.
+        outcome: ``(B,)`` advantages of the final scores, as the recipe's ``advantage`` says.
+        steps: the ``S`` recorded grid steps.
+        options: the recipe's ``advantage`` section.
+        values: ``(B, S + 1)``; column ``j`` is the value of the state before recorded step ``j``,
+            column ``S`` that of the state after the last. Filled where the objective needs
+            ``values``, else ``None``.
+        valid: ``(B, S + 1)`` bool, which of them were scored.
+        lowest: lower end of the reward's range, ``None`` where it is open.
+        history: mean and deviation of the rewards of the run so far, this step included; filled
+            where the objective needs ``history``.
+    """
+
+    score: Score
+    groups: Tensor
+    outcome: Tensor
+    steps: tuple[int, ...]
+    options: AdvantageConfig
+    values: Tensor | None = None
+    valid: Tensor | None = None
+    lowest: float | None = None
+    history: tuple[float, float] | None = None
+
+    def states(self) -> tuple[Tensor, Tensor]:
+        """Values and which are valid; an error where nobody asked for them."""
+        if self.values is None or self.valid is None:
+            raise RuntimeError("no values were collected: the objective must need 'values'")
+        return self.values, self.valid
+
+    def gains(self) -> tuple[Tensor, Tensor]:
+        """What each recorded step changed: ``(B, S)`` differences of values, and their validity.
+
+        They telescope: their sum is the last value minus the first.
+        """
+        values, valid = self.states()
+        both = valid[:, 1:] & valid[:, :-1]
+        return torch.where(both, values[:, 1:] - values[:, :-1], 0.0), both
+
+    def metrics(self, advantage: Tensor) -> dict[str, float]:
+        """Per-step means of values, gains and sizes of advantages, where there are any."""
+        found: dict[str, float] = {}
+        if advantage.ndim == 2:
+            sizes = advantage.abs().mean(0).tolist()
+            found |= {f"by_step/advantage/{k}": a for k, a in zip(self.steps, sizes, strict=True)}
+        if self.values is None:
+            return found
+        gains, valid = self.gains()
+        for j, k in enumerate(self.steps):
+            own = gains[valid[:, j], j]
+            if len(own):
+                found[f"by_step/gain/{k}"] = float(own.mean())
+                found[f"by_step/gain_positive/{k}"] = float((own > 0).float().mean())
+        return found
+
+
+@torch.no_grad()
+def score_states(
+    policy: Policy,
+    reward: RewardModel,
+    rollout: Rollout,
+    positions: Sequence[int],
+    *,
+    steps: int,
+    batch_size: int,
+    dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, int]:
+    """Rewards of the completions of the states at ``positions``.
+
+    All samples at one position are scored in one call, as the final pictures are: what compares
+    the samples of a prompt compares those at the same step, and memory holds one set of pictures.
+
+    Returns:
+        Values ``(B, M)`` and their validity, on the CPU, and the network evaluations spent.
+    """
+    ends, nfe = complete(
+        policy, rollout, positions, steps=steps, batch_size=batch_size, dtype=dtype
+    )
+    scores = []
+    for column in ends.unbind(1):
+        with autocast(policy.device, dtype):
+            parts = [policy.decode(chunk) for chunk in column.split(batch_size)]
+        media = parts[0] if len(parts) == 1 else type(parts[0]).cat(parts)
+        scores.append(reward.score(media, rollout.prompts))
+    values = torch.stack([s.value for s in scores], 1)
+    return values.cpu(), torch.stack([s.valid for s in scores], 1).cpu(), nfe
+
+
+def ends_clean(plan: Plan, rollout: Rollout) -> bool:
+    """Whether no noise follows the last recorded step, whose end's value is the final score."""
+    return max(plan.stochastic_steps) == rollout.steps[-1]
+
+
+def everywhere(accelerator: Any, work: Callable[[], T]) -> list[T]:
+    """The result of ``work`` on every process, in order; tensors in it should be on the CPU.
+
+    Raises:
+        RewardFailedError: on all processes, where it was raised on one of them.
+    """
+    if accelerator.num_processes == 1:
+        return [work()]
+    from accelerate.utils import gather_object
+
+    local: T | RewardFailedError
+    try:
+        local = work()
+    except RewardFailedError as error:
+        local = error  # the others wait for this process's result: they must hear of it
+    # In one transfer: where a reward failed on one process, its parts are missing there.
+    found = gather_object([local])
+    for result in found:
+        if isinstance(result, RewardFailedError):
+            raise result
+    return list(found)
+
+
+def separate_weights(reward: Any, options: AdvantageConfig) -> dict[str, float]:
+    """Weights of the rewards whose advantages are taken one by one; empty for their sum's.
+
+    Raises:
+        ConfigError: the recipe wants them one by one, and the reward is no weighted sum.
+    """
+    composition = getattr(reward, "composition", None)
+    wanted = options.combine == "advantages"
+    if composition is None or not (wanted or composition.per_reward_advantages):
+        return {}
+    if not composition.linear:
+        raise ConfigError(
+            f"advantage.combine is 'advantages', which needs a weighted sum of rewards; "
+            f"{composition.info.name} is a {composition.kind}. Use combine 'rewards'"
+        )
+    return dict(composition.weights)
+
+
+class History:
+    """Moving mean and deviation of all rewards of a run, as an absolute anchor (VGPO)."""
+
+    def __init__(self, decay: float = 0.9) -> None:
+        self.decay = decay
+        self.mean: float | None = None
+        self.square = 0.0
+
+    def __call__(self, score: Score) -> tuple[float, float]:
+        """Take in the scored samples of a step; mean and deviation afterwards."""
+        values = score.value[score.valid].double()
+        if len(values):
+            mean, square = float(values.mean()), float(values.square().mean())
+            keep = 0.0 if self.mean is None else self.decay
+            self.mean = keep * (self.mean or 0.0) + (1 - keep) * mean
+            self.square = keep * self.square + (1 - keep) * square
+        mean = self.mean or 0.0
+        return mean, max(self.square - mean**2, 0.0) ** 0.5
+
+    def state_dict(self) -> dict[str, float | None]:
+        """For checkpoints."""
+        return {"mean": self.mean, "square": self.square}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.mean, self.square = state["mean"], float(state["square"])
+
+
+def check(objective: Any, options: AdvantageConfig, info: RewardInfo, separate: bool) -> None:
+    """Refuse settings that an objective with its own advantages would not look at.
+
+    Raises:
+        ConfigError: names the setting and what to do.
+    """
+    name = type(objective).__name__
+    if "values" in getattr(objective, "needs", ()):
+        if options.baseline == "tracker":
+            raise ConfigError(
+                f"advantage.baseline is 'tracker', but {name} compares values within a group; "
+                "use baseline 'group'"
+            )
+        if separate:
+            raise ConfigError(
+                f"{name} takes the value of a state from the sum of the rewards, which cannot be "
+                "kept separate; use advantage.combine 'rewards' and a weighted_sum"
+            )
+    own = getattr(objective, "check_reward", None)
+    if own is not None:
+        own(info)

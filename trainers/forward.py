@@ -1,0 +1,208 @@
+r"""The forward process: clean latents of a rollout, noised anew for each update.
+
+:math:`x_\sigma = (1 - \sigma) x_0 + \sigma \epsilon`. Level and noise of a draw are a function of
+the sample's seed and the number of the draw alone, so neither micro-batch, nor the number of
+processes, nor an interruption changes them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.config import ConfigError
+from mmalign.protocols import Kernel, Policy
+from mmalign.runtime.seeds import stable_seed
+from mmalign.sampling.generate import autocast, evaluations
+from mmalign.types import Rollout
+from trainers.config import ForwardConfig, RolloutConfig, TrainConfig
+from trainers.model import TrainableModel
+from trainers.objective import ForwardBatch, process_of
+
+# Settings of the rollout that choose recorded steps, of which a forward objective has none.
+_STEP_SETTINGS = ("train", "fraction", "window", "calibration")
+
+
+def check_process(config: TrainConfig, objective: Any, policy: Policy, kernel: Kernel) -> None:
+    """Refuse settings that would mean nothing for the objective's process.
+
+    Raises:
+        ConfigError: names the setting, its value and what to do.
+    """
+    name = f"algorithm {config.algorithm!r}"
+    if process_of(objective) == "reverse":
+        for key, value in _changed(config.forward, ForwardConfig()):
+            raise ConfigError(
+                f"forward.{key} is {value!r}, but {name} trains on recorded steps and noises "
+                "nothing; remove the section forward"
+            )
+        return
+    for key, value in _changed(config.rollout, RolloutConfig()):
+        if key.startswith(_STEP_SETTINGS):
+            raise ConfigError(
+                f"rollout.{key} is {value!r}, but {name} records no steps; remove it (the levels "
+                "trained on are chosen by the section forward)"
+            )
+    if policy.parameterisation != "flow":
+        raise ConfigError(
+            f"{name} matches velocities of flow models, but {policy.name} predicts "
+            f"{policy.parameterisation}; use a flow model, or an objective on recorded steps"
+        )
+    if config.rollout.shared_noise and not kernel.stochastic:
+        raise ConfigError(
+            f"rollout.shared_noise with the deterministic kernel {config.rollout.kernel!r} makes "
+            "all images of a prompt the same; remove it, or use a stochastic kernel"
+        )
+    if hasattr(objective, "statistic"):
+        _check_groups(config, name, balanced=getattr(objective, "group_draws", False))
+
+
+def _check_groups(config: TrainConfig, name: str, balanced: bool) -> None:
+    """Refuse what tears groups apart, or what unbalances advantages that must sum to 0."""
+    if config.optim.updates_per_rollout > 1:
+        raise ConfigError(
+            f"optim.updates_per_rollout is {config.optim.updates_per_rollout}, but {name} compares "
+            "whole groups, which several updates would tear apart; set it to 1"
+        )
+    if balanced and config.advantage.baseline != "group":
+        raise ConfigError(
+            f"advantage.baseline is {config.advantage.baseline!r}, but {name} needs advantages "
+            "that sum to 0 in each group; use baseline: group"
+        )
+
+
+def _changed(section: Any, default: Any) -> list[tuple[str, Any]]:
+    values = ((f.name, getattr(section, f.name)) for f in fields(section))
+    return [(key, value) for key, value in values if value != getattr(default, key)]
+
+
+class Noising:
+    """Draws levels and noise, and predicts under every version of the weights that is needed."""
+
+    def __init__(
+        self, config: ForwardConfig, policy: Policy, model: TrainableModel, objective: Any,
+        steps: int, seed: int, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self.config, self.policy, self.model, self.objective = config, policy, model, objective
+        self.seed, self.dtype = seed, dtype
+        self.draws = config.draws
+        self.grid = self._grid(policy.sigmas(steps)) if config.times == "grid" else None
+
+    def _grid(self, sigmas: Tensor) -> Tensor:
+        low, high = self.config.levels
+        levels = sigmas.float().cpu()
+        levels = levels[(levels > 0) & (levels >= low) & (levels <= high)]
+        if not len(levels):
+            shown = ", ".join(f"{s:.3f}" for s in sigmas.tolist())
+            raise ConfigError(
+                f"forward.levels {self.config.levels} holds no level of the grid {shown}; widen it"
+            )
+        return levels
+
+    def level(self, quantile: Tensor) -> Tensor:
+        """Noise levels at quantiles in [0, 1) of the configured distribution, shaped like them."""
+        if self.grid is not None:
+            return self.grid[(quantile * len(self.grid)).long().clamp_max(len(self.grid) - 1)]
+        c, (low, high) = self.config, self.config.levels
+        if c.times == "logit_normal":
+            # The normal distribution cut to the bounds: its quantiles between theirs.
+            below, above = (
+                _normal_cdf((_logit(s) - c.logit_mean) / c.logit_std) for s in (low, high)
+            )
+            inner = (below + (above - below) * quantile).clamp(1e-6, 1 - 1e-6)
+            level = torch.sigmoid(c.logit_mean + c.logit_std * torch.special.ndtri(inner))
+        else:
+            level = low + (high - low) * quantile
+        return c.shift * level / (1 + (c.shift - 1) * level)
+
+    def draw(self, rollout: Rollout, index: int) -> tuple[Tensor, Tensor]:
+        """Levels ``(b,)`` and noise ``(b, ...)`` of draw ``index``, on the latents' device.
+
+        The draws of one sample share out the quantiles of the level between them: draw ``k`` of
+        ``n`` lies in ``[k / n, (k + 1) / n)``, so each sample sees all of the schedule.
+        """
+        shape = rollout.final.shape[1:]
+        generators = [torch.Generator().manual_seed(s) for s in self._seeds(rollout, index)]
+        within = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
+        sigma = self.level((index + within) / self.draws).float()
+        noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+        return sigma.to(rollout.final.device), noise.to(rollout.final.device)
+
+    def _seeds(self, rollout: Rollout, index: int) -> list[int]:
+        """One seed per sample; one per group where the objective compares within groups."""
+        if not getattr(self.objective, "group_draws", False):
+            return [stable_seed("forward", s, index) for s in rollout.seeds]
+        version = rollout.policy_version
+        groups = rollout.groups.tolist()
+        return [stable_seed("forward", self.seed, version, int(g), index) for g in groups]
+
+    def batch(
+        self, rollout: Rollout, advantage: Tensor, index: int, pooled: Tensor | None = None
+    ) -> tuple[ForwardBatch, int]:
+        """Draw ``index`` of some samples as the objective sees it, and the evaluations it cost."""
+        sigma, noise = self.draw(rollout, index)
+        level = sigma.reshape(-1, *([1] * (noise.ndim - 1)))
+        noised = (1 - level) * rollout.final + level * noise
+        others, passes = {}, 1
+        # Before the pass with gradient, so that no graph sees the weights exchanged.
+        for name in sorted(self.objective.needs):
+            if not self.model.is_current(name):
+                with torch.no_grad(), self.model.version(name):
+                    others[name] = self._predict(rollout, noised, sigma)
+                passes += 1
+        velocity = self._predict(rollout, noised, sigma)
+        for name in self.objective.needs - others.keys():
+            others[name] = velocity.detach()
+        batch = ForwardBatch(
+            rollout.final, noise, sigma, noised, velocity, advantage, others, pooled
+        )
+        scale = self._scale(rollout)
+        return batch, passes * evaluations(len(rollout), scale, rollout.conditioning)
+
+    def _scale(self, rollout: Rollout) -> float:
+        own = self.config.guidance_scale
+        return rollout.guidance_scale if own is None else own
+
+    def _predict(self, rollout: Rollout, noised: Tensor, sigma: Tensor) -> Tensor:
+        with autocast(self.policy.device, self.dtype):
+            return self.policy.predict(noised, sigma, rollout.conditioning, self._scale(rollout))
+
+
+def build_noising(
+    config: TrainConfig, policy: Policy, model: TrainableModel, objective: Any,
+    dtype: torch.dtype | None,
+) -> Noising | None:  # fmt: skip
+    """The recipe's :class:`Noising`, or ``None`` for an objective of the reverse process."""
+    if process_of(objective) == "reverse":
+        return None
+    steps, seed = config.rollout.steps, config.seed
+    return Noising(config.forward, policy, model, objective, steps, seed, dtype)
+
+
+def _logit(level: float) -> float:
+    return math.log(level / (1 - level)) if 0 < level < 1 else math.copysign(math.inf, level - 0.5)
+
+
+def _normal_cdf(value: float) -> float:
+    return 0.5 * (1 + math.erf(value / math.sqrt(2)))
+
+
+def group_means(values: Tensor, groups: Tensor, accelerator: Any) -> Tensor:
+    """Mean of ``values`` ``(b, K)`` over each row's group, on all processes; ``(b, K)`` fp64."""
+    own = groups.cpu()
+    shares = [(values.double().cpu(), own)]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        shares = gather_object(shares)
+    if not len(values):  # nothing of this process's own, but the others waited for it
+        return values.double()
+    rows = torch.cat([v for v, _ in shares if len(v)])
+    every, index = torch.unique(torch.cat([g for _, g in shares]), return_inverse=True)
+    sums = torch.zeros(len(every), rows.shape[1], dtype=torch.float64).index_add(0, index, rows)
+    means = sums / torch.bincount(index, minlength=len(every)).unsqueeze(1)
+    return means[torch.searchsorted(every, own)].to(values.device)
