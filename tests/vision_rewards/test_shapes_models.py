@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from mmalign.assets import asset
-from mmalign.shapes import COLORS, Placed, Scene, caption, render, sample_scene, sample_spec
+from mmalign.shapes import caption, render, sample_scene, sample_spec
 from mmalign.types import Media
+from trainers.pretrain.aesthetic import liked_pictures, pair_accuracy
 from trainers.pretrain.artifact import rendered
 from trainers.pretrain.clip_eval import near_miss_accuracy
 from trainers.pretrain.corruption import CORRUPTIONS
-from trainers.pretrain.measures import auroc, spearman
+from trainers.pretrain.measures import auroc
 from trainers.pretrain.scenes import to_pixels
-from trainers.pretrain.taste import draw
 from vision_rewards.base import PixelReward
 from vision_rewards.shapes_models import (
     ArtifactNet,
@@ -92,7 +92,7 @@ def test_the_clip_tells_near_misses_apart_on_held_out_compositions() -> None:
     floors = {"color": 0.97, "count": 0.96, "object": 0.97, "shape": 0.96, "swap": 0.9}
     for kind, floor in floors.items():
         assert found[kind].value > floor, (kind, str(found[kind]))
-    assert found["relation"].value > 0.8, str(found["relation"])
+    assert found["relation"].value > 0.85, str(found["relation"])
 
 
 def test_the_clip_ranks_pictures_of_one_prompt() -> None:
@@ -103,29 +103,15 @@ def test_the_clip_ranks_pictures_of_one_prompt() -> None:
     assert (right > wrong).mean() > 0.95
 
 
-def test_the_aesthetic_head_follows_the_written_taste() -> None:
-    rng = random.Random(11)
-    liked = [
-        draw(sample_scene(sample_spec(rng, "test", "two_object"), rng), rng) for _ in range(250)
-    ]
-    scores = values(ShapesAesthetic(), to_pixels(np.stack([p.picture for p in liked])))
-    assert spearman(scores, np.asarray([p.utility for p in liked])).value > 0.7
-    assert abs(scores.mean()) < 0.5 and 0.5 < scores.std() < 1.5
-
-
-def test_the_aesthetic_head_knows_each_term() -> None:
-    def picture(x: float, second: str, jagged: bool = False) -> Tensor:
-        both = (("square", "red", x), ("circle", second, x + 0.4))
-        placed = tuple(Placed(s, c, at, 0.5, 0.15, 0.0, COLORS[c]) for s, c, at in both)
-        scene = Scene(placed, ((90, 90, 90),) * 2)
-        image = render(scene, 256).resize((64, 64), 0) if jagged else render(scene)
-        return to_pixels(np.asarray(image)[None])
-
+def test_the_aesthetic_head_follows_the_written_taste_in_every_term() -> None:
     reward = ShapesAesthetic()
-    best = picture(0.3, "cyan")
-    assert values(reward, best) > values(reward, picture(0.3, "yellow")) + 0.3  # harmony
-    assert values(reward, best) > values(reward, picture(0.2, "cyan")) + 0.3  # balance
-    assert values(reward, best) > values(reward, picture(0.3, "cyan", jagged=True)) + 0.3  # edges
+    liked = liked_pictures(500, "test", 11)
+    found = pair_accuracy(reward.head, reward.embedder, liked, reward.blocks)
+    floors = {"clean": 0.8, "harmony": 0.88, "balance": 0.85, "edges": 0.68}
+    assert all(found[k] > floor for k, floor in floors.items()), found
+    assert found["noisy"] > 0.9 * found["ceiling"]
+    scores = values(reward, to_pixels(np.stack([p.picture for p in liked[:200]])))
+    assert abs(scores.mean()) < 0.5 and 0.5 < scores.std() < 1.5
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
@@ -133,8 +119,9 @@ def test_the_artefact_network_finds_synthetic_artefacts(name: str) -> None:
     clean = to_pixels(rendered(60, "test", 21))
     spoilt = CORRUPTIONS[name](clean, torch.Generator().manual_seed(5))
     scores = values(ShapesArtifact(), torch.cat([clean, spoilt]))
+    # Measured over 400 pictures: 0.96 (warp), 0.97 (broken), 0.99 and above for the others.
     assert auroc(scores, np.arange(120) < 60).value > 0.9
-    assert scores[:60].mean() > 0.7
+    assert scores[:60].mean() > 0.85
 
 
 def test_the_artefact_network_judges_the_picture_not_the_prompt() -> None:
@@ -165,11 +152,14 @@ def test_gradients_agree_with_finite_differences(kind: str) -> None:
 def test_ascending_the_pixels_raises_the_score(kind: str) -> None:
     reward = REWARDS[kind]()
     pixels, prompts = pictures(2, 5)
-    spoilt = CORRUPTIONS["bleeding"](pixels, torch.Generator().manual_seed(0)).requires_grad_()
-    before = reward.score(Media(spoilt), prompts).value
-    (gradient,) = torch.autograd.grad(before.sum(), spoilt)
-    after = values(reward, (spoilt + 0.02 * gradient.sign()).detach().clamp(0, 1), prompts)
-    assert (after > before.detach().numpy()).all()
+    pixels = CORRUPTIONS["bleeding"](pixels, torch.Generator().manual_seed(0))
+    before = values(reward, pixels, prompts)
+    for _ in range(5):
+        pixels.requires_grad_()
+        (gradient,) = torch.autograd.grad(reward.score(Media(pixels), prompts).value.sum(), pixels)
+        length = gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        pixels = (pixels + 0.2 * gradient / length).detach().clamp(0, 1)
+    assert (values(reward, pixels, prompts) > before).all()
 
 
 def test_one_forward_serves_clip_and_long_prompts_are_noted() -> None:

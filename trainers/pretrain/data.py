@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from mmalign.shapes import caption, render, render_layout, sample_scene, sample_spec
+from mmalign.shapes import (
+    PromptSpec,
+    Scene,
+    caption,
+    render,
+    render_layout,
+    sample_scene,
+    sample_spec,
+)
 from mmalign.shapes.splits import trainable_pair
 
 SHARD_SIZE = 10_000
@@ -26,16 +34,21 @@ TASK_WEIGHTS = {
 }
 
 
+def shard_scenes(index: int, seed: int = 0) -> Iterator[tuple[PromptSpec, Scene]]:
+    """What each picture of a shard shows and was drawn for, in the order of the shard."""
+    rng = random.Random(f"shapes shard {seed} {index}")
+    for _ in range(SHARD_SIZE):
+        task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
+        spec = sample_spec(rng, "train", task)
+        yield spec, sample_scene(spec, rng, trainable_pair)
+
+
 def render_shard(path: Path, index: int, size: int = 64, seed: int = 0) -> None:
     """Render one shard: ``SHARD_SIZE`` pictures, their captions and layout maps, all from train."""
-    rng = random.Random(f"shapes shard {seed} {index}")
     images = np.empty((SHARD_SIZE, size, size, 3), np.uint8)
     layouts = []
     captions = []
-    for i in range(SHARD_SIZE):
-        task = rng.choices(list(TASK_WEIGHTS), list(TASK_WEIGHTS.values()))[0]
-        spec = sample_spec(rng, "train", task)
-        scene = sample_scene(spec, rng, trainable_pair)
+    for i, (spec, scene) in enumerate(shard_scenes(index, seed)):
         images[i] = np.asarray(render(scene, size))
         layouts.append(render_layout(scene))
         captions.append(caption(spec))
