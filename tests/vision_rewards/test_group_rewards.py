@@ -80,16 +80,18 @@ def test_context_may_say_what_belongs_together() -> None:
     )
 
 
+def beats(a: Tensor, b: Tensor) -> bool:
+    """Whether ``a`` dominates ``b``."""
+    return bool((a >= b).all() and (a > b).any())
+
+
 def test_fronts_agree_with_the_definition() -> None:
     values = torch.randint(0, 4, (40, 3), generator=torch.Generator().manual_seed(2)).float()
     front = pareto_fronts(values)
     left = list(range(40))
     level = 0
     while left:
-        best = [
-            i for i in left
-            if not any((values[j] >= values[i]).all() and (values[j] > values[i]).any() for j in left)
-        ]  # fmt: skip
+        best = [i for i in left if not any(beats(values[j], values[i]) for j in left)]
         assert sorted(torch.nonzero(front == level).flatten().tolist()) == best
         left = [i for i in left if i not in best]
         level += 1
