@@ -179,7 +179,7 @@ class _Bench:
             "rollout": rollout_stage,
             "decode": self._decode(rollout),
             "reward": self._stage(
-                "reward", lambda: self.trainer.score(rollout), images=len(rollout)
+                "reward", lambda: self.trainer.rollouts.score(rollout), images=len(rollout)
             ),
         }
         self.memory.reset()
@@ -203,14 +203,14 @@ class _Bench:
     def _encode(self) -> dict[str, Any] | None:
         if is_random(self.name):
             return None  # there are no text encoders, only random embeddings
-        prompts = [self.trainer.prompts[i] for i in range(min(self.batch, 64))]
+        prompts = [self.trainer.rollouts.prompts[i] for i in range(min(self.batch, 64))]
         return self._stage("encode", lambda: self.policy.encode(prompts), prompts=len(prompts))
 
     def _rollout(self) -> tuple[dict[str, Any], Rollout]:
         """Trajectories with decoding, as in training; prompts are encoded in the warm-up."""
-        rollout, nfe = self.trainer.sample(0)
+        rollout, nfe = self.trainer.rollouts.sample(0)
         work = {"images": len(rollout), "network_evaluations": nfe}
-        return self._stage("rollout", lambda: self.trainer.sample(0), **work), rollout
+        return self._stage("rollout", lambda: self.trainer.rollouts.sample(0), **work), rollout
 
     def _network(self, rollout: Rollout) -> dict[str, Any]:
         part = rollout[: self.batch]
@@ -281,7 +281,7 @@ class _Bench:
         self, stages: dict[str, Any], ceiling: dict[str, Any], memory: dict[str, Any]
     ) -> dict[str, Any]:
         seconds = sum(stages[n]["seconds"]["median"] for n in ("rollout", "reward", "update"))
-        sampler, plan = self.policy.sampler, self.trainer.plan(0)
+        sampler, plan = self.policy.sampler, self.trainer.rollouts.plan(0)
         settings = {
             **asdict(self.config),
             "reward": self.trainer.reward.identity,

@@ -84,7 +84,7 @@ def calibrate(trainer: Trainer) -> StepSdeKernel:
     """Run the pilot rollouts; the kernel with the levels found. Written to ``noise.json``."""
     options = trainer.config.rollout.calibration
     sigmas = trainer.policy.sigmas(trainer.config.rollout.steps)
-    levels, rounds = levels_of(trainer.kernel, sigmas), []
+    levels, rounds = levels_of(trainer.rollouts.kernel, sigmas), []
     kernel = _kernel(trainer, sigmas, levels)
     for number in range(options.rounds):
         shares = _pilot(trainer, kernel, number)
@@ -100,7 +100,7 @@ def calibrate(trainer: Trainer) -> StepSdeKernel:
 
 
 def _kernel(trainer: Trainer, sigmas: Tensor, levels: Sequence[float]) -> StepSdeKernel:
-    reduce = trainer.kernel.log_prob_reduce
+    reduce = trainer.rollouts.kernel.log_prob_reduce
     return StepSdeKernel(
         sigmas=sigmas[: len(levels)].tolist(), levels=levels, log_prob_reduce=reduce
     )
@@ -108,12 +108,12 @@ def _kernel(trainer: Trainer, sigmas: Tensor, levels: Sequence[float]) -> StepSd
 
 def _pilot(trainer: Trainer, kernel: StepSdeKernel, number: int) -> list[float]:
     usable = tuple(range(trainer.config.rollout.steps - 1))
-    scale = trainer.plan(0).guidance_scale
+    scale = trainer.rollouts.plan(0).guidance_scale
     plan = Plan(kernel=kernel, steps=len(usable) + 1, guidance_scale=scale, record=usable)
-    rollout, nfe = trainer.sample(PILOT + number, plan=plan)
-    score, groups = trainer.score(rollout)
+    rollout, nfe = trainer.rollouts.sample(PILOT + number, plan=plan)
+    score, groups = trainer.rollouts.score(rollout)
     steps = trainer.config.rollout.calibration.completion_steps
-    values, valid, spent = trainer.values(rollout, score, plan, steps)
+    values, valid, spent = trainer.rollouts.values(rollout, score, plan, steps)
     trainer.nfe += nfe + spent
     nothing = torch.zeros_like(score.value)
     options = trainer.config.advantage

@@ -237,12 +237,17 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """What is measured before and after training, and every ``every`` steps if positive."""
+    """What is measured before and after training, and on the way.
+
+    ``every`` so many steps, or at the first step past each multiple of ``every_nfe`` network
+    evaluations; 0 switches either off.
+    """
 
     benchmark: str = "shapes"
     prompts_per_task: int = 20
     samples_per_prompt: int = 2
     every: int = 0
+    every_nfe: int = 0
     steps: int | None = None
     guidance_scale: float | None = None
     batch_size: int = 64
@@ -251,7 +256,11 @@ class EvaluationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A training run. The two batch dials are ``prompts_per_step`` and ``images_per_prompt``."""
+    """A training run. The two batch dials are ``prompts_per_step`` and ``images_per_prompt``.
+
+    It ends after ``steps``, or at the step whose end is nearest to ``max_nfe`` network evaluations
+    (0: no such bound); ``optim.decay`` goes by ``steps`` either way.
+    """
 
     policy: str
     algorithm: str = "flow_grpo"
@@ -260,6 +269,7 @@ class TrainConfig:
     output_dir: str = "runs/train"
     seed: int = 0
     steps: int = 100
+    max_nfe: int = 0
     prompts_per_step: int = 8
     images_per_prompt: int = 8
     device: str = "auto"
@@ -278,6 +288,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "save_every", "keep_checkpoints"):
             _positive(name, getattr(self, name), "at least 1")
+        _positive("max_nfe", self.max_nfe + 1, "positive, or 0 for no bound")
         if self.images_per_prompt < 2:
             raise ConfigError(
                 f"images_per_prompt is {self.images_per_prompt}; group-relative advantages need "
@@ -297,7 +308,8 @@ class TrainConfig:
 
 # Settings that may change between a run and its resumption without making it another run.
 RESUMABLE_CHANGES = (
-    "output_dir", "steps", "save_every", "keep_checkpoints", "trackers", "device", "evaluation",
+    "output_dir", "steps", "max_nfe", "save_every", "keep_checkpoints", "trackers", "device",
+    "evaluation",
 )  # fmt: skip
 
 

@@ -111,7 +111,7 @@ def train(
     ``eval/`` and the exported ``lora/`` or ``pipeline/``.
 
     Args:
-        evaluate: called before and after training, and every ``evaluation.every`` steps.
+        evaluate: called before and after training, and as ``evaluation`` says on the way.
         resume: continue a run found in the folder; otherwise a folder that holds one is an error.
         reward: a reward object, in place of the recipe's name.
 
@@ -130,6 +130,7 @@ def train(
         _keep_earlier_evaluation(folder, trainer)
         say(f"resuming {folder} at step {trainer.step} of {config.steps}")
         _note_other_reward(folder, trainer)
+        _evaluate_if_due(trainer, evaluate)  # a kill may have cut that evaluation short
     elif evaluate is not None:
         _evaluate(trainer, evaluate, "before")
     _write_run(trainer, folder)
@@ -148,9 +149,12 @@ def train(
 def _after_step(trainer: Trainer, step: int, advance: Advance, evaluate: Evaluate | None) -> None:
     watched = ((name, trainer.last.get(key)) for name, key in WATCHED)
     advance(1, " ".join(f"{name} {value:.4g}" for name, value in watched if value is not None))
-    every = trainer.config.evaluation.every
-    if evaluate is not None and every and step % every == 0 and step < trainer.config.steps:
-        _evaluate(trainer, evaluate, f"step_{step:06d}")
+    _evaluate_if_due(trainer, evaluate)
+
+
+def _evaluate_if_due(trainer: Trainer, evaluate: Evaluate | None) -> None:
+    if evaluate is not None and trainer.evaluation_due:
+        _evaluate(trainer, evaluate, f"step_{trainer.step:06d}")
 
 
 def _evaluate(trainer: Trainer, evaluate: Evaluate, label: str) -> None:
@@ -173,7 +177,7 @@ def _keep_earlier_evaluation(folder: Path, trainer: Trainer) -> None:
     """A run extended past its end keeps its old final evaluation under its step number."""
     final = folder / "eval" / "after"
     main = trainer.accelerator.is_main_process
-    if main and final.is_dir() and trainer.step < trainer.config.steps:
+    if main and final.is_dir() and not trainer.finished:
         final.rename(folder / "eval" / f"step_{trainer.step:06d}")
     trainer.accelerator.wait_for_everyone()
 

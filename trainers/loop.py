@@ -16,8 +16,7 @@ from mmalign.config import ConfigError
 from mmalign.protocols import Policy, RewardModel
 from mmalign.runtime.device import pick_dtype
 from mmalign.runtime.log import JsonlLog, say
-from mmalign.sampling import Plan, build_kernel, collect, fitted
-from mmalign.sampling.conditioning import ConditioningCache
+from mmalign.sampling import build_kernel, fitted
 from mmalign.sampling.step_sde import StepSdeKernel
 from mmalign.types import Rollout, Score
 from trainers import calibration, checkpoint, credit
@@ -28,13 +27,10 @@ from trainers.advantages import (
     keep_extremes,
 )
 from trainers.config import TrainConfig
-from trainers.credit import Credit, History, everywhere
+from trainers.credit import Credit, History
 from trainers.data import (
-    PromptSource,
-    Rows,
     check_overlap,
     minibatches,
-    recorded_steps,
     rows_of_step,
     share,
 )
@@ -43,6 +39,7 @@ from trainers.metrics import score_metrics, update_metrics
 from trainers.model import TrainableModel
 from trainers.objective import build_objective
 from trainers.optim import build_optimizer, lr_scale
+from trainers.rollouts import Rollouts, everywhere_sum, refuse_broken
 from trainers.update import TrainingError, Updater
 from vision_rewards.guard import RewardFailedError
 from vision_rewards.prefetch import Prefetch
@@ -91,11 +88,11 @@ class Trainer:
         # Refuse what cannot be combined so, before any work.
         credit.check(objective, config.advantage, reward.info, bool(self._weights()))
         calibration.check_kernel(kernel, config.rollout.calibration)
-        self.prompts = PromptSource(config.prompts, config.seed)
-        self.encode = ConditioningCache(policy)
         self.tracker = PromptTracker() if config.advantage.baseline == "tracker" else None
         self.history = History() if "history" in objective.needs else None
-        self.kernel: Any = kernel
+        self.rollouts = Rollouts(
+            config, policy, reward, accelerator, self.model, objective, kernel, self.dtype
+        )
         self.calibrated = False
         self.update = Updater(
             policy, self.model, objective, kernel, self.optimizer, accelerator,
@@ -108,6 +105,7 @@ class Trainer:
         self.updates = 0
         self.seconds = 0.0
         self.nfe = 0
+        self.step_nfe = 0
 
     # -- state ---------------------------------------------------------------------------------
 
@@ -120,7 +118,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.updates = int(state["step"]), int(state["updates"])
+        self.rollouts.version = self.updates
         self.seconds, self.nfe = float(state["seconds"]), int(state["nfe"])
+        self.step_nfe = int(state.get("step_nfe", 0))
         if self.tracker is not None:
             self.tracker.load_state_dict(state["tracker"])
         if self.history is not None:
@@ -139,17 +139,34 @@ class Trainer:
             "updates": self.updates,
             "seconds": self.seconds,
             "nfe": self.nfe,
+            "step_nfe": self.step_nfe,
             "tracker": self.tracker.state_dict() if self.tracker else {},
             "history": self.history.state_dict() if self.history else {},
-            "noise": asdict(self.kernel) if self.calibrated else {},
+            "noise": asdict(self.rollouts.kernel) if self.calibrated else {},
         }
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, self.step, state, self.config.keep_checkpoints)
 
     # -- the loop ------------------------------------------------------------------------------
 
+    @property
+    def finished(self) -> bool:
+        """Whether the steps are made, or another one would end further from ``max_nfe``."""
+        bound = self.config.max_nfe
+        spent = bound > 0 and self.nfe + self.step_nfe / 2 > bound
+        return self.step >= self.config.steps or spent
+
+    @property
+    def evaluation_due(self) -> bool:
+        """Whether the last step is one to evaluate after, on the way."""
+        every, every_nfe = self.config.evaluation.every, self.config.evaluation.every_nfe
+        if self.finished or not self.step:
+            return False
+        crossed = every_nfe and self.nfe // every_nfe > (self.nfe - self.step_nfe) // every_nfe
+        return bool((every and self.step % every == 0) or crossed)
+
     def run(self, on_step: Callback | None = None) -> None:
-        """Train up to ``config.steps``, logging every step to ``metrics.jsonl``.
+        """Train until :attr:`finished`, logging every step to ``metrics.jsonl``.
 
         Raises:
             TrainingError: non-finite loss or gradient. RewardFailedError: too much unscored.
@@ -159,12 +176,12 @@ class Trainer:
             self._use_kernel(calibration.calibrate(self))
         log = JsonlLog(self.folder / "metrics.jsonl", self.step) if main else None
         try:
-            while self.step < self.config.steps:
+            while not self.finished:
                 metrics = self.last = self._step_or_save()
                 if log is not None:
                     log.write({"step": self.step, **metrics})
                 self.accelerator.log(metrics, step=self.step)
-                if self.step % self.config.save_every == 0 or self.step == self.config.steps:
+                if self.step % self.config.save_every == 0 or self.finished:
                     self.save()
                 if on_step is not None:
                     on_step(self, self.step)
@@ -188,10 +205,10 @@ class Trainer:
         """One rollout and its updates; returns the metrics of the step."""
         start, spent = time.perf_counter(), self.update.nfe
         with Prefetch(self.reward) if self.config.rollout.overlap else nullcontext() as scorer:
-            rollout, nfe = self.sample(self.step, scorer)
-            _refuse_broken(rollout)
+            rollout, nfe = self.rollouts.sample(self.step, scorer)
+            refuse_broken(rollout)
             sampled = time.perf_counter()
-            score, groups = self.score(rollout, scorer)
+            score, groups = self.rollouts.score(rollout, scorer)
         evidence, completed = self.evidence(rollout, score, groups)
         advantage = self.advantages(evidence)
         keep = self._keep(advantage, groups)
@@ -201,7 +218,9 @@ class Trainer:
         self.step += 1
         end = time.perf_counter()
         self.seconds += end - start
-        self.nfe += nfe + completed + self._sum(self.update.nfe - spent)
+        spent = everywhere_sum(self.accelerator, self.update.nfe - spent)
+        self.step_nfe = nfe + completed + spent
+        self.nfe += self.step_nfe
         return {
             **score_metrics(score, groups, advantage),
             **evidence.metrics(advantage),
@@ -215,106 +234,15 @@ class Trainer:
             "images": self.config.batch * self.step,
         }
 
-    def sample(
-        self, step: int, scorer: Prefetch | None = None, plan: Plan | None = None
-    ) -> tuple[Rollout, int]:
-        """This process's share of the rollout of ``step``; evaluations over all processes.
-
-        ``scorer`` gets each batch as soon as it is there, while the next is generated. ``plan``
-        replaces that of the step.
-        """
-        plan = plan or self.plan(step)
-        rows = rows_of_step(self.config, self.prompts, step)
-        rows = rows.part(self.accelerator.process_index, self.accelerator.num_processes)
-        size = len(rows) if scorer is None else self.config.rollout.batch_size
-        parts = []
-        for at in range(0, len(rows), size):
-            parts.append(self._collect(rows[at : at + size], plan))
-            if scorer is not None:
-                _refuse_broken(parts[-1])
-                assert parts[-1].media is not None
-                scorer.submit(parts[-1].media, parts[-1].prompts)
-        rollout = Rollout.cat(parts) if len(parts) > 1 else parts[0]
-        return rollout, self._sum(rollout.nfe)
-
-    def _collect(self, rows: Rows, plan: Plan) -> Rollout:
-        with self.model.version(getattr(self.update.objective, "sampler", "current")):
-            return collect(
-                self.policy, rows.prompts, rows.groups, rows.seeds, plan, self.encode,
-                init_seeds=rows.init_seeds, batch_size=self.config.rollout.batch_size,
-                dtype=self.dtype, version=self.updates,
-            )  # fmt: skip
-
-    def plan(self, step: int) -> Plan:
-        """How the trajectories of ``step`` are sampled."""
-        record, noisy = recorded_steps(self.config, step)
-        if self.update.forward is not None:  # only the clean latents are wanted, from any kernel
-            record, noisy = (), noisy if self.kernel.stochastic else ()
-        scale = self.config.rollout.guidance_scale
-        return Plan(
-            kernel=self.kernel,
-            steps=self.config.rollout.steps,
-            guidance_scale=self.policy.sampler.guidance_scale if scale is None else scale,
-            record=record,
-            noisy=noisy,
-            keep_means="old_mean" in self.update.objective.needs,
-        )
-
-    @torch.no_grad()
-    def score(self, rollout: Rollout, scorer: Prefetch | None = None) -> tuple[Score, Tensor]:
-        """Scores and groups of all samples of the step, over all processes in row order.
-
-        Raises:
-            RewardFailedError: on all processes, where it was raised on one of them.
-        """
-        if self.accelerator.num_processes == 1:
-            return self._local_score(rollout, scorer), rollout.groups
-        shares = everywhere(
-            self.accelerator,
-            lambda: (self._local_score(rollout, scorer).to("cpu"), rollout.groups.cpu()),
-        )
-        score = Score.cat([s for s, _ in shares]).to(self.policy.device)
-        return score, torch.cat([g for _, g in shares])
-
-    def _local_score(self, rollout: Rollout, scorer: Prefetch | None) -> Score:
-        assert rollout.media is not None
-        if scorer is None:
-            score = self.reward.score(rollout.media, rollout.prompts)
-        else:
-            score = scorer.results()
-        return replace(score, notes=())
-
-    def values(
-        self, rollout: Rollout, score: Score, plan: Plan, steps: int
-    ) -> tuple[Tensor, Tensor, int]:
-        """Rewards of the completions, of ``steps`` each, of the states around recorded steps.
-
-        Returns:
-            Values and validity of all samples over all processes, ``(B, S + 1)``, and evaluations.
-        """
-        final = credit.ends_clean(plan, rollout)  # the last state leads to the picture itself
-        shares = everywhere(
-            self.accelerator,
-            lambda: credit.score_states(
-                self.policy, self.reward, rollout, range(len(rollout.steps) + (not final)),
-                steps=steps, batch_size=self.config.rollout.batch_size, dtype=self.dtype,
-            ),
-        )  # fmt: skip
-        device = score.value.device
-        values = torch.cat([s[0] for s in shares]).to(device)
-        valid = torch.cat([s[1] for s in shares]).to(device)
-        if final:
-            values = torch.cat([values, score.value[:, None]], 1)
-            valid = torch.cat([valid, score.valid[:, None]], 1)
-        return values, valid, sum(s[2] for s in shares)
-
     def evidence(self, rollout: Rollout, score: Score, groups: Tensor) -> tuple[Credit, int]:
         """What advantages are made from, and the network evaluations that it took."""
         objective, nfe = self.update.objective, 0
         values = valid = None
         if "values" in objective.needs:
             steps = objective.completion_steps
-            values, valid, nfe = self.values(rollout, score, self.plan(self.step), steps)
+            values, valid, nfe = self.rollouts.values(
+                rollout, score, self.rollouts.plan(self.step), steps
+            )
         return Credit(
             score=score, groups=groups, outcome=self._outcome(score, groups), steps=rollout.steps,
             options=self.config.advantage, values=values, valid=valid,
@@ -333,7 +261,7 @@ class Trainer:
         c = self.config.advantage
         weights = self._weights()
         if self.tracker is not None:
-            rows = rows_of_step(self.config, self.prompts, self.step)
+            rows = rows_of_step(self.config, self.rollouts.prompts, self.step)
             return self.tracker(score.value, score.valid, rows.prompts)
         if weights:
             return combined_advantage(score.parts, weights, score.valid, groups, c.std, c.eps)
@@ -361,30 +289,16 @@ class Trainer:
             results.append(self.update(rollout[local - low], advantage[at], keep[at], count))
             self.updates += 1
             self.model.update_ema(self.updates)
+        self.rollouts.version = self.updates
         self.model.update_copies(self.updates)
         return results
 
     def _use_kernel(self, kernel: StepSdeKernel) -> None:
-        self.kernel = self.update.kernel = kernel
+        self.rollouts.kernel = self.update.kernel = kernel
         self.calibrated = True
 
     def _scale(self) -> float:
         return lr_scale(self.config, self.step)
-
-    def _sum(self, value: int) -> int:
-        if self.accelerator.num_processes == 1:
-            return value
-        total = torch.tensor(float(value), device=self.accelerator.device, dtype=torch.float64)
-        return int(self.accelerator.reduce(total, reduction="sum"))
-
-
-def _refuse_broken(rollout: Rollout) -> None:
-    """A reward may well score what NaN latents decode to; nothing later would notice."""
-    if not (torch.isfinite(rollout.log_probs).all() and torch.isfinite(rollout.final).all()):
-        raise TrainingError(
-            "the rollout holds NaN or infinity: the weights are broken or the precision is too "
-            "small. The last checkpoint is intact; lower optim.lr, or use model.precision fp32"
-        )
 
 
 __all__ = ["Trainer", "TrainingError"]

@@ -67,8 +67,8 @@ def preflight(trainer: Trainer) -> Report:
     """Check a trainer built from a :func:`small` recipe. Its weights are left as they were."""
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     try:
-        rollout, _ = trainer.sample(0)
-        score, groups = trainer.score(rollout)
+        rollout, _ = trainer.rollouts.sample(0)
+        score, groups = trainer.rollouts.score(rollout)
         checks = [
             _finite(rollout),
             *([_ratio(trainer, rollout)] if rollout.steps else []),
@@ -98,7 +98,9 @@ def _finite(rollout: Rollout) -> Check:
 def _ratio(trainer: Trainer, rollout: Rollout) -> Check:
     deviations = []
     for index in range(len(rollout.steps)):
-        step, _ = replay(trainer.policy, rollout, index, trainer.kernel, dtype=trainer.dtype)
+        step, _ = replay(
+            trainer.policy, rollout, index, trainer.rollouts.kernel, dtype=trainer.dtype
+        )
         assert step.log_prob is not None
         deviations.append((step.log_prob - rollout.log_probs[:, index]).abs().max())
     worst = float(torch.stack(deviations).max())  # NaN, where there is one, unlike Python's max

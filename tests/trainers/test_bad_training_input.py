@@ -201,7 +201,7 @@ def test_broken_weights_end_the_run_but_not_its_checkpoint(kit, tmp_path):
 
 def test_a_loss_that_is_not_finite_changes_no_weight(kit, tmp_path):
     trainer = entry.build(kit.cheap(tmp_path), tmp_path, kit.brightness)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     log_probs = rollout.log_probs.clone()
     log_probs[3, 1] = math.nan
     before = [p.detach().clone() for p in trainer.model.parameters()]

@@ -78,7 +78,7 @@ def test_completion_of_a_stock_pipeline_ends_in_the_final_latents(kit, tmp_path)
     """Guided, in batches that cut across rows and noise levels."""
     config = kit.cheap(tmp_path, rollout__guidance_scale=2.0, rollout__steps=4)
     trainer = entry.build(config, tmp_path, kit.brightness)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     ends, nfe = complete(trainer.policy, rollout, range(4), batch_size=5)
     assert nfe == 8 * 2 * (4 + 3 + 2 + 1)
     assert (ends[:, 3] - rollout.final).abs().max() < 1e-5
@@ -108,8 +108,8 @@ def trainer_of(kit, folder, algorithm="dense_grpo", reward=None, **changes):
 @pytest.mark.parametrize("steps", [0, 1, 2])
 def test_gains_telescope_to_the_reward_minus_the_first_estimate(kit, tmp_path, steps):
     trainer = trainer_of(kit, tmp_path, objective={"completion_steps": steps})
-    rollout, _ = trainer.sample(0)
-    score, groups = trainer.score(rollout)
+    rollout, _ = trainer.rollouts.sample(0)
+    score, groups = trainer.rollouts.score(rollout)
     evidence, nfe = trainer.evidence(rollout, score, groups)
     gains, valid = evidence.gains()
     assert gains.shape == (8, 3) and valid.all()
@@ -127,20 +127,20 @@ def test_gains_telescope_to_the_reward_minus_the_first_estimate(kit, tmp_path, s
 def test_without_noise_every_gain_is_zero(kit, tmp_path):
     options = {"sigmas": [1.0], "levels": [1e-12]}
     trainer = trainer_of(kit, tmp_path, rollout__kernel="step_sde", rollout__kernel_options=options)
-    rollout, _ = trainer.sample(0)
-    gains, _ = trainer.evidence(rollout, *trainer.score(rollout))[0].gains()
+    rollout, _ = trainer.rollouts.sample(0)
+    gains, _ = trainer.evidence(rollout, *trainer.rollouts.score(rollout))[0].gains()
     assert gains.abs().max() < 1e-6
     noisy = trainer_of(kit, tmp_path)
-    rollout, _ = noisy.sample(0)
-    gains, _ = noisy.evidence(rollout, *noisy.score(rollout))[0].gains()
+    rollout, _ = noisy.rollouts.sample(0)
+    gains, _ = noisy.evidence(rollout, *noisy.rollouts.score(rollout))[0].gains()
     assert gains.abs().mean(0).min() > 0.05
 
 
 def test_noise_after_the_recorded_steps_is_nobodys_credit(kit, tmp_path):
     """With a fraction trained, the last value is that of the last state, not of the picture."""
     trainer = trainer_of(kit, tmp_path, rollout__train="fraction", rollout__fraction=0.34)
-    rollout, _ = trainer.sample(0)
-    score, groups = trainer.score(rollout)
+    rollout, _ = trainer.rollouts.sample(0)
+    score, groups = trainer.rollouts.score(rollout)
     evidence, _ = trainer.evidence(rollout, score, groups)
     ends, _ = complete(trainer.policy, rollout, (0, 1))
     torch.testing.assert_close(evidence.values, ends.flatten(1))
@@ -153,8 +153,8 @@ def test_unscored_states_have_no_gain(kit, tmp_path):
         return torch.where(values > 0.3, torch.nan, values)
 
     trainer = trainer_of(kit, tmp_path, reward=FunctionReward(picky, takes="tensor"))
-    rollout, _ = trainer.sample(0)
-    evidence, _ = trainer.evidence(rollout, *trainer.score(rollout))
+    rollout, _ = trainer.rollouts.sample(0)
+    evidence, _ = trainer.evidence(rollout, *trainer.rollouts.score(rollout))
     gains, valid = evidence.gains()
     assert 0 < int(valid.sum()) < valid.numel()
     assert torch.isfinite(gains).all() and not gains[~valid].any()
@@ -175,7 +175,7 @@ def test_columns_are_normalised_one_by_one():
 
 def test_equal_columns_give_the_gradient_of_one_advantage(kit, tmp_path):
     trainer = trainer_of(kit, tmp_path, "flow_grpo")
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     advantage = torch.tensor([1.0, -1, 0.5, -0.5, 2, -2, 0, 0.3])
     keep, found = torch.ones(8, dtype=torch.bool), []
     for given in (advantage, advantage[:, None].expand(8, 3)):
@@ -188,7 +188,7 @@ def test_equal_columns_give_the_gradient_of_one_advantage(kit, tmp_path):
 
 def test_only_steps_with_an_advantage_cost_a_pass(kit, tmp_path):
     trainer = trainer_of(kit, tmp_path)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     advantage = torch.zeros(8, 3)
     advantage[2, 0] = advantage[5, 1] = advantage[6, 1] = 1.0
     totals = trainer.update._accumulate(rollout, advantage, torch.ones(8, dtype=torch.bool), 8)
@@ -284,7 +284,7 @@ def test_calibration_is_frozen_saved_and_resumed(kit, tmp_path):
     calibration = CalibrationConfig(rounds=3, raise_by=0.2, lower_by=0.3)
     changes = {"rollout__calibration": calibration, "steps": 2, "images_per_prompt": 16}
     trainer = trainer_of(kit, tmp_path, **changes)
-    start = levels_of(trainer.kernel, trainer.policy.sigmas(4))
+    start = levels_of(trainer.rollouts.kernel, trainer.policy.sigmas(4))
     trainer.run()
     found = json.loads((tmp_path / "noise.json").read_text())
     assert [len(r["positive"]) for r in found["rounds"]] == [3, 3, 3]
@@ -293,9 +293,9 @@ def test_calibration_is_frozen_saved_and_resumed(kit, tmp_path):
     # A reward linear in the noise is balanced at every step: there is room to explore.
     assert levels == pytest.approx([a * 1.2**3 for a in start])
     again = trainer_of(kit, tmp_path, **changes)
-    assert again.resume() and again.kernel == trainer.kernel
-    assert list(again.kernel.levels) == pytest.approx(levels)
-    assert again.update.kernel is again.kernel and again.calibrated
+    assert again.resume() and again.rollouts.kernel == trainer.rollouts.kernel
+    assert list(again.rollouts.kernel.levels) == pytest.approx(levels)
+    assert again.update.kernel is again.rollouts.kernel and again.calibrated
 
 
 def test_calibration_lowers_noise_that_destroys(kit, tmp_path):

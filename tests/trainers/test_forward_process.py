@@ -73,7 +73,7 @@ def test_grid_levels_are_the_samplers_own(kit, tmp_path):
         forward__levels=(0.0, 0.99),
     )  # fmt: skip
     grid = trainer.policy.sigmas(5)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     levels = [trainer.update.forward.draw(rollout, k)[0] for k in range(4)]
     # As many draws as levels: each sample gets each level once; pure noise is out of bounds.
     assert torch.stack(levels, 1).sort(1).values.equal(grid[1:5].flip(0).expand(8, 4))
@@ -86,7 +86,7 @@ def test_grid_levels_are_the_samplers_own(kit, tmp_path):
 
 def test_a_draw_belongs_to_its_sample(kit, tmp_path):
     trainer = build(kit, tmp_path)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     noising, order = trainer.update.forward, torch.tensor([6, 1, 3])
     sigma, noise = noising.draw(rollout, 1)
     part = noising.draw(rollout[order], 1)
@@ -94,20 +94,20 @@ def test_a_draw_belongs_to_its_sample(kit, tmp_path):
     assert sigma.unique().numel() == 8 and (sigma >= 0.5).all()  # the second half of quantiles
     other = noising.draw(rollout, 0)
     assert (other[0] < 0.5).all() and not other[1].eq(noise).any()
-    again, _ = build(kit, tmp_path).sample(1)  # another step, other draws
+    again, _ = build(kit, tmp_path).rollouts.sample(1)  # another step, other draws
     assert not noising.draw(again, 1)[1].eq(noise).any()
     assert abs(float(noise.mean())) < 0.05 and float(noise.std()) == pytest.approx(1, abs=0.05)
 
 
 def test_groups_share_their_draws_where_they_are_compared(kit, tmp_path):
     trainer = build(kit, tmp_path, "dgpo")
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     sigma, noise = trainer.update.forward.draw(rollout, 0)
     for rows in (slice(0, 4), slice(4, 8)):
         assert sigma[rows].unique().numel() == 1 and noise[rows].eq(noise[rows][:1]).all()
     assert sigma.unique().numel() == 2 and rollout.final.unique(dim=0).shape[0] == 8
     trainer.train_step()
-    later, _ = trainer.sample(1)
+    later, _ = trainer.rollouts.sample(1)
     assert not trainer.update.forward.draw(later, 0)[0].eq(sigma).any()
 
 
@@ -122,19 +122,19 @@ def test_group_means_are_of_groups():
 
 def test_only_clean_latents_are_kept_whatever_the_sampler(kit, tmp_path):
     trainer = build(kit, tmp_path)
-    rollout, nfe = trainer.sample(0)
+    rollout, nfe = trainer.rollouts.sample(0)
     assert rollout.log_probs.shape == (8, 0) and rollout.latents.shape[:2] == (8, 0)
     assert nfe == 8 * 3
     drawn, _ = generate(
         trainer.policy, rollout.prompts, rollout.seeds, steps=3, guidance_scale=1.0,
-        encode=trainer.encode,
+        encode=trainer.rollouts.encode,
     )  # fmt: skip
     assert (rollout.media.data - drawn.data).abs().max() < 1e-5
-    noisy, _ = build(kit, tmp_path, rollout__kernel="flow_sde").sample(0)
+    noisy, _ = build(kit, tmp_path, rollout__kernel="flow_sde").rollouts.sample(0)
     assert noisy.log_probs.shape == (8, 0)
     assert (noisy.final - rollout.final).abs().amax((1, 2, 3)).min() > 1e-2
     shared = build(kit, tmp_path, rollout__kernel="flow_sde", rollout__shared_noise=True)
-    assert shared.sample(0)[0].final.unique(dim=0).shape[0] == 8
+    assert shared.rollouts.sample(0)[0].final.unique(dim=0).shape[0] == 8
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ MADE_UP = torch.tensor([1.0, -1, 0.5, -0.5, 2, -2, 0, 0.3])
 def test_gradient_does_not_depend_on_the_micro_batch(kit, tmp_path, algorithm):
     trainer = build(kit, tmp_path, algorithm, optim__lr=1e-3)
     trainer.train_step()
-    rollout, _ = trainer.sample(1)
+    rollout, _ = trainer.rollouts.sample(1)
     keep = torch.tensor([True] * 7 + [False])
     got = {}
     for size in (64, 3):
@@ -204,7 +204,7 @@ def test_gradient_is_the_mean_over_samples_and_draws(kit, tmp_path):
     """Written out for a line: ``v = slope x + shift`` at every draw."""
     config = forward(kit, tmp_path, "reward_weighted", forward__draws=3)
     trainer = Trainer(config, kit.LinePolicy(), kit.brightness, Accelerator(cpu=True), tmp_path)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     trainer.update._accumulate(rollout, MADE_UP, torch.ones(8, dtype=torch.bool), 8)
     wanted = torch.zeros(2)
     for k in range(3):
@@ -290,13 +290,13 @@ def test_the_old_policy_follows_by_its_decay_and_makes_the_rollouts(kit, tmp_pat
         for name, value in old.items():
             torch.testing.assert_close(held[name], value, rtol=1e-5, atol=1e-6)
     current = weights(trainer)
-    rollout, _ = trainer.sample(3)
+    rollout, _ = trainer.rollouts.sample(3)
     held = {n: v.clone() for n, v in held.items()}
     with pytest.raises(KeyError), trainer.model.version("old"):
         assert all(v.equal(held[n]) for n, v in weights(trainer).items())
         wanted, _ = generate(
             trainer.policy, rollout.prompts, rollout.seeds, steps=3, guidance_scale=1.0,
-            encode=trainer.encode,
+            encode=trainer.rollouts.encode,
         )  # fmt: skip
         raise KeyError
     assert all(v.equal(current[n]) for n, v in weights(trainer).items())

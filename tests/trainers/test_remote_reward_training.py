@@ -196,7 +196,7 @@ def test_overlap_that_cannot_be_is_refused(kit, tmp_path):
 
 def test_all_processes_stop_where_one_lost_its_reward(kit, tmp_path, monkeypatch):
     trainer = entry.build(kit.cheap(tmp_path), tmp_path, kit.brightness)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     lost = RewardUnavailableError("the server is gone")
     gathered = []
 
@@ -205,12 +205,12 @@ def test_all_processes_stop_where_one_lost_its_reward(kit, tmp_path, monkeypatch
         return [*objects, lost]
 
     monkeypatch.setattr("accelerate.utils.gather_object", gather)
-    trainer.accelerator = SimpleNamespace(num_processes=2, process_index=0)
+    trainer.rollouts.accelerator = SimpleNamespace(num_processes=2, process_index=0)
     with pytest.raises(RewardFailedError, match="gone"):
-        trainer.score(rollout)
-    trainer.reward = Failing(kit.brightness, 1)
+        trainer.rollouts.score(rollout)
+    trainer.rollouts.reward = Failing(kit.brightness, 1)
     with pytest.raises(RewardFailedError, match="gone"):
-        trainer.score(rollout)
+        trainer.rollouts.score(rollout)
     assert isinstance(gathered[0][0], Score) and isinstance(gathered[1], RewardUnavailableError)
 
 

@@ -156,10 +156,10 @@ def test_first_ratio_is_one_and_later_ones_are_not(kit, tmp_path, name):
         objective={"kl_beta": 0.01}, rollout__batch_size=3, optim__updates_per_rollout=2,
     )  # fmt: skip
     trainer = entry.build(config, tmp_path, kit.brightness)
-    rollout, _ = trainer.sample(0)
+    rollout, _ = trainer.rollouts.sample(0)
     assert rollout.means.shape == rollout.latents.shape
     for index in range(len(rollout.steps)):
-        step, _ = replay(trainer.policy, rollout, index, trainer.kernel)
+        step, _ = replay(trainer.policy, rollout, index, trainer.rollouts.kernel)
         assert (step.mean - rollout.means[:, index]).abs().max() < 1e-5
     metrics = trainer.train_step()
     assert metrics["ratio/max_deviation"] > 0 and metrics["kl"] >= 0  # of the second update

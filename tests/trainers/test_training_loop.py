@@ -137,7 +137,7 @@ def sampled(kit, tmp_path):
     config = kit.cheap(tmp_path, objective={"kl_beta": 0.1}, optim__lr=1e-3)
     trainer = entry.build(config, tmp_path, kit.brightness)
     trainer.train_step()
-    rollout, _ = trainer.sample(1)
+    rollout, _ = trainer.rollouts.sample(1)
     advantage = torch.tensor([1.0, -1, 0.5, -0.5, 2, -2, 0, 0.3])
     keep = torch.tensor([True] * 7 + [False])
     return trainer, rollout, advantage, keep
@@ -186,7 +186,7 @@ def test_evaluations_are_counted_with_guidance_and_reference(kit, tmp_path):
 
 def test_a_step_is_a_function_of_the_seed(kit, tmp_path):
     config = kit.cheap(tmp_path, rollout__shared_noise=True)
-    source = entry.build(config, tmp_path, kit.brightness).prompts
+    source = entry.build(config, tmp_path, kit.brightness).rollouts.prompts
     one, again = rows_of_step(config, source, 3), rows_of_step(config, source, 3)
     assert one.prompts == again.prompts and one.seeds == again.seeds
     assert len(set(one.seeds)) == 8 and len(set(one.init_seeds)) == 2
@@ -198,7 +198,7 @@ def test_a_window_records_and_trains_only_itself(kit, tmp_path):
         tmp_path, rollout__train="window", rollout__window=1, rollout__window_start=(0, 1), steps=6
     )
     trainer = entry.build(config, tmp_path, kit.brightness)
-    rollouts = [trainer.sample(step)[0] for step in range(6)]
+    rollouts = [trainer.rollouts.sample(step)[0] for step in range(6)]
     assert {r.steps for r in rollouts} == {(0,), (1,)}
     assert all(r.latents.shape[1] == r.log_probs.shape[1] == 1 for r in rollouts)
     (k,) = rollouts[0].steps

@@ -34,7 +34,7 @@ reward = FunctionReward(brightness, takes="tensor")
 odd, *matched, even = (entry.resolve_recipe(file) for file in sys.argv[1:])
 trainer = entry.build(odd, Path(odd.output_dir), reward)
 share = Path(odd.output_dir).parent / f"share_{trainer.accelerator.process_index}"
-share.write_text(str(len(trainer.sample(0)[0])))
+share.write_text(str(len(trainer.rollouts.sample(0)[0])))
 trainer.run()
 for recipe in matched:
     entry.build(recipe, Path(recipe.output_dir), reward).run()

@@ -1,0 +1,158 @@
+"""What comes before an update: trajectories, their scores and the values of states on the way."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mmalign.protocols import Policy, RewardModel
+from mmalign.sampling import Plan, collect
+from mmalign.sampling.conditioning import ConditioningCache
+from mmalign.types import Rollout, Score
+from trainers import credit
+from trainers.config import TrainConfig
+from trainers.credit import everywhere
+from trainers.data import PromptSource, Rows, recorded_steps, rows_of_step
+from trainers.model import TrainableModel
+from trainers.objective import process_of
+from trainers.update import TrainingError
+from vision_rewards.prefetch import Prefetch
+
+
+class Rollouts:
+    """Samples and scores with the policy as it is, sharing rows between processes.
+
+    Attributes:
+        kernel: the stochastic kernel of the trajectories; calibration may replace it.
+        version: optimiser updates so far, written into every rollout.
+    """
+
+    def __init__(
+        self, config: TrainConfig, policy: Policy, reward: RewardModel, accelerator: Any,
+        model: TrainableModel, objective: Any, kernel: Any, dtype: torch.dtype | None,
+    ) -> None:  # fmt: skip
+        self.config, self.policy, self.reward = config, policy, reward
+        self.accelerator, self.model, self.objective = accelerator, model, objective
+        self.kernel, self.dtype = kernel, dtype
+        self.prompts = PromptSource(config.prompts, config.seed)
+        self.encode = ConditioningCache(policy)
+        self.version = 0
+
+    def sample(
+        self, step: int, scorer: Prefetch | None = None, plan: Plan | None = None
+    ) -> tuple[Rollout, int]:
+        """This process's share of the rollout of ``step``; evaluations over all processes.
+
+        ``scorer`` gets each batch as soon as it is there, while the next is generated. ``plan``
+        replaces that of the step.
+        """
+        plan = plan or self.plan(step)
+        rows = rows_of_step(self.config, self.prompts, step)
+        rows = rows.part(self.accelerator.process_index, self.accelerator.num_processes)
+        size = len(rows) if scorer is None else self.config.rollout.batch_size
+        parts = []
+        for at in range(0, len(rows), size):
+            parts.append(self._collect(rows[at : at + size], plan))
+            if scorer is not None:
+                refuse_broken(parts[-1])
+                assert parts[-1].media is not None
+                scorer.submit(parts[-1].media, parts[-1].prompts)
+        rollout = Rollout.cat(parts) if len(parts) > 1 else parts[0]
+        return rollout, everywhere_sum(self.accelerator, rollout.nfe)
+
+    def _collect(self, rows: Rows, plan: Plan) -> Rollout:
+        with self.model.version(getattr(self.objective, "sampler", "current")):
+            return collect(
+                self.policy, rows.prompts, rows.groups, rows.seeds, plan, self.encode,
+                init_seeds=rows.init_seeds, batch_size=self.config.rollout.batch_size,
+                dtype=self.dtype, version=self.version,
+            )  # fmt: skip
+
+    def plan(self, step: int) -> Plan:
+        """How the trajectories of ``step`` are sampled."""
+        record, noisy = recorded_steps(self.config, step)
+        if (
+            process_of(self.objective) == "forward"
+        ):  # only the clean latents are wanted, from any kernel
+            record, noisy = (), noisy if self.kernel.stochastic else ()
+        scale = self.config.rollout.guidance_scale
+        return Plan(
+            kernel=self.kernel,
+            steps=self.config.rollout.steps,
+            guidance_scale=self.policy.sampler.guidance_scale if scale is None else scale,
+            record=record,
+            noisy=noisy,
+            keep_means="old_mean" in self.objective.needs,
+        )
+
+    @torch.no_grad()
+    def score(self, rollout: Rollout, scorer: Prefetch | None = None) -> tuple[Score, Tensor]:
+        """Scores and groups of all samples of the step, over all processes in row order.
+
+        Raises:
+            RewardFailedError: on all processes, where it was raised on one of them.
+        """
+        if self.accelerator.num_processes == 1:
+            return self._local_score(rollout, scorer), rollout.groups
+        shares = everywhere(
+            self.accelerator,
+            lambda: (self._local_score(rollout, scorer).to("cpu"), rollout.groups.cpu()),
+        )
+        score = Score.cat([s for s, _ in shares]).to(self.policy.device)
+        return score, torch.cat([g for _, g in shares])
+
+    def _local_score(self, rollout: Rollout, scorer: Prefetch | None) -> Score:
+        assert rollout.media is not None
+        if scorer is None:
+            score = self.reward.score(rollout.media, rollout.prompts)
+        else:
+            score = scorer.results()
+        return replace(score, notes=())
+
+    def values(
+        self, rollout: Rollout, score: Score, plan: Plan, steps: int
+    ) -> tuple[Tensor, Tensor, int]:
+        """Rewards of the completions, of ``steps`` each, of the states around recorded steps.
+
+        Returns:
+            Values and validity of all samples over all processes, ``(B, S + 1)``, and evaluations.
+        """
+        final = credit.ends_clean(plan, rollout)  # the last state leads to the picture itself
+        shares = everywhere(
+            self.accelerator,
+            lambda: credit.score_states(
+                self.policy, self.reward, rollout, range(len(rollout.steps) + (not final)),
+                steps=steps, batch_size=self.config.rollout.batch_size, dtype=self.dtype,
+            ),
+        )  # fmt: skip
+        device = score.value.device
+        values = torch.cat([s[0] for s in shares]).to(device)
+        valid = torch.cat([s[1] for s in shares]).to(device)
+        if final:
+            values = torch.cat([values, score.value[:, None]], 1)
+            valid = torch.cat([valid, score.valid[:, None]], 1)
+        return values, valid, sum(s[2] for s in shares)
+
+
+def everywhere_sum(accelerator: Any, value: int) -> int:
+    """The sum of a count over all processes."""
+    if accelerator.num_processes == 1:
+        return value
+    total = torch.tensor(float(value), device=accelerator.device, dtype=torch.float64)
+    return int(accelerator.reduce(total, reduction="sum"))
+
+
+def refuse_broken(rollout: Rollout) -> None:
+    """A reward may well score what NaN latents decode to; nothing later would notice.
+
+    Raises:
+        TrainingError: NaN or infinity among the latents or log-probabilities.
+    """
+    if not (torch.isfinite(rollout.log_probs).all() and torch.isfinite(rollout.final).all()):
+        raise TrainingError(
+            "the rollout holds NaN or infinity: the weights are broken or the precision is too "
+            "small. The last checkpoint is intact; lower optim.lr, or use model.precision fp32"
+        )
