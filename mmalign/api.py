@@ -219,6 +219,8 @@ def steer(
     method: Any = "best_of_n",
     *,
     seed: int | None = None,
+    budget: Any = None,
+    watch: Any = None,
     device: str = "auto",
     lora: str | Path | None = None,
     **options: Any,
@@ -238,11 +240,15 @@ def steer(
             candidates are unscored and never chosen.
         method: a registered name, or a :class:`~mmalign.protocols.Steerer`.
         seed: seed of the noise (0), where ``method`` is a name.
+        budget: limits for each prompt, as :meth:`mmalign.steering.Budget.of` takes them:
+            ``"nfe=400"``, ``{"seconds": 30}``.
+        watch: called with each :class:`~mmalign.protocols.Snapshot` on the way.
         options: the method's own, such as ``n=16``.
 
     Raises:
         UnknownNameError: unknown policy, reward, method or option; names the nearest.
         ValueError: the reward cannot judge what the policy makes, or scored no candidate.
+        BudgetError: the budget is too small for the method.
     """
     from mmalign.policies.load import policy_on
     from mmalign.steering import build_steerer
@@ -252,7 +258,8 @@ def steer(
     steerer = build_steerer(method, seed, options)
     model = GuardedReward(load_reward(reward), max_failed_share=1.0)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return steerer.run(policy_on(policy, device, lora), model, texts)  # type: ignore[no-any-return]
+    on = policy_on(policy, device, lora)
+    return steerer.run(on, model, texts, budget=budget, watch=watch)  # type: ignore[no-any-return]
 
 
 # --- train ------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -150,12 +150,37 @@ class Objective(Protocol):
         ...
 
 
+@dataclass(frozen=True, kw_only=True)
+class Spent:
+    """What a steering run cost.
+
+    ``nfe`` are network evaluations (both branches of guidance count), ``reward_calls`` scored
+    pictures, ``decodes`` decoded pictures; ``memory`` is the peak in bytes, of the allocator on
+    CUDA and else of the process.
+    """
+
+    nfe: int = 0
+    reward_calls: int = 0
+    decodes: int = 0
+    seconds: float = 0.0
+    memory: int = 0
+
+
 @dataclass(frozen=True)
 class Steered:
     """Result of a steering run.
 
-    ``media`` and ``scores`` hold the chosen sample of each prompt; ``candidates`` everything that
-    was generated, with ``lineage`` naming for each candidate the prompt and seed it came from.
+    Attributes:
+        prompts: ``P`` of them.
+        media, scores: the chosen sample of each prompt.
+        chosen: its number among the candidates.
+        candidates, candidate_scores: all finished samples.
+        lineage: for each candidate its ``prompt`` (a number), ``seed``, ``rank`` among those of its
+            prompt (1 is the chosen one, ``None`` unscored), and what the method adds: ``weight``,
+            ``ancestors`` ...
+        spent: what it all cost.
+        trace: one record for each event that led there, in order and ready for JSON: the visits
+            of a particle method, the iterations of an optimisation. Each names its ``prompt``.
     """
 
     prompts: tuple[str, ...]
@@ -165,16 +190,48 @@ class Steered:
     candidates: Media
     candidate_scores: Score
     lineage: tuple[Mapping[str, Any], ...]
-    nfe: int
-    reward_calls: int
+    spent: Spent
+    trace: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations spent."""
+        return self.spent.nfe
+
+    @property
+    def reward_calls(self) -> int:
+        """Pictures scored."""
+        return self.spent.reward_calls
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """How far a steering run is: what a progress bar or a page shows.
+
+    ``best`` are the best scores so far, ``(P,)``, NaN where nothing was scored yet; ``media`` the
+    pictures they belong to, where the method has them at hand.
+    """
+
+    done: int
+    total: int
+    best: Tensor
+    media: Media | None = None
 
 
 @runtime_checkable
 class Steerer(Protocol):
     """Improves samples at inference time; checks capabilities before the first network call."""
 
-    def run(self, policy: Policy, reward: RewardModel, prompts: Sequence[str]) -> Steered:
-        """Steer one sample per prompt."""
+    def run(
+        self,
+        policy: Policy,
+        reward: RewardModel,
+        prompts: Sequence[str],
+        *,
+        budget: Any = None,
+        watch: Callable[[Snapshot], None] | None = None,
+    ) -> Steered:
+        """Steer one sample per prompt within a ``Budget``; ``watch`` sees how it goes."""
         ...
 
 
@@ -216,6 +273,8 @@ __all__ = [
     "RewardModel",
     "Rollout",
     "Sampler",
+    "Snapshot",
+    "Spent",
     "Steered",
     "Steerer",
 ]

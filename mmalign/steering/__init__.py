@@ -9,6 +9,7 @@ from typing import Any
 from mmalign.protocols import Steerer
 from mmalign.registry import STEERERS, unknown
 from mmalign.steering.best_of_n import BestOfN
+from mmalign.steering.budget import Budget, BudgetError
 
 
 def build_steerer(
@@ -34,4 +35,4 @@ def build_steerer(
     return cls(seed=seed or 0, **options)  # type: ignore[no-any-return]
 
 
-__all__ = ["BestOfN", "build_steerer"]
+__all__ = ["BestOfN", "Budget", "BudgetError", "build_steerer"]

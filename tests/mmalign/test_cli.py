@@ -17,7 +17,7 @@ import mmalign
 from mmalign.cli import COMMANDS, is_expected, main, parse
 from mmalign.commands.common import CommandError, image_files, table
 from mmalign.config import ConfigError
-from mmalign.protocols import Steered
+from mmalign.protocols import Spent, Steered
 from mmalign.types import Media, Score
 from vision_rewards.factory import load_reward
 
@@ -155,7 +155,7 @@ def test_steer(api, tmp_path, capsys, shape):
     lineage = tuple({"prompt": i // 2, "seed": i} for i in range(4))
     best = media[[0, 3]], scores[::3], (0, 3)
     api.answers["steer"] = Steered(
-        ("a", "b"), *best, media, scores, lineage, nfe=32, reward_calls=4
+        ("a", "b"), *best, media, scores, lineage, Spent(nfe=32, reward_calls=4)
     )
     prompts = tmp_path / "p.txt"
     prompts.write_text("a\nb\n")
