@@ -64,13 +64,16 @@ def line_chart(
     height: int = 280,
     zero: bool = False,
     label: str = "",
+    cover: Sequence[float] = (),
 ) -> Markup:
     """Lines over steps with light grid and the last value written at the end.
 
-    ``zero`` makes the y axis include zero.  Non-finite values break the line.
+    ``zero`` makes the y axis include zero, ``cover`` further values, which gives several charts
+    one scale.  Non-finite values break the line.
     """
     xs = [x for ln in lines for x in ln.x]
     ys = _finite([v for ln in lines for v in (*ln.y, *(ln.low or ()), *(ln.high or ()))])
+    ys += _finite(cover) if ys else []
     if not xs or not ys:
         return el("p", "No values yet.", class_="empty")
     y_ticks = ticks(min(ys), max(ys), zero=zero)

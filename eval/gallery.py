@@ -75,8 +75,8 @@ def pair_card(pairs: Pairs, before: Row, after: Row, note: bool = False) -> Mark
     said = after.note or before.note if note else ""
     return el(
         "figure",
-        el("div", _picture(pairs.before, before, "before"),
-           _picture(pairs.after, after, "after"), class_="pair"),
+        el("div", picture(pairs.before, before, "before"),
+           picture(pairs.after, after, "after"), class_="pair"),
         el("figcaption", before.prompt, el("span", said) if said else None),
         class_="shot",
     )  # fmt: skip
@@ -86,7 +86,7 @@ def card(result: EvalResult, row: Row) -> Markup:
     """One picture with its prompt and what the judge said."""
     said = row.note or ("" if row.partial is None else f"partial credit {row.partial:.2f}")
     caption = el("figcaption", row.prompt, el("span", said) if said else None)
-    return el("figure", _picture(result, row, result.label), caption, class_="shot")
+    return el("figure", picture(result, row, result.label), caption, class_="shot")
 
 
 def grid(cards: Sequence[Markup], single: bool = False) -> Markup:
@@ -133,7 +133,8 @@ def data_uri(data: bytes) -> tuple[str, bool]:
     return "data:image/png;base64," + base64.b64encode(data).decode(), side <= PIXELATED_SIDE
 
 
-def _picture(result: EvalResult, row: Row, role: str) -> Markup:
+def picture(result: EvalResult, row: Row, role: str) -> Markup:
+    """The picture of a row alone, framed by its verdict."""
     tone, sign, word = verdict_of(row)
     said = ", ".join(s for s in (role, word, row.note) if s)
     return el("div", _image(result, row, said), el("b", sign, aria_hidden="true"),

@@ -9,6 +9,7 @@ from eval.charts import Bars, bar_chart
 from eval.comparison import Verdict, comparison_chart, comparison_table, judge_pairs, words
 from eval.gallery import Pairs, card, fair_sample, grid, pair_card
 from eval.html import Child, Markup, duration, el, facts, page, percent, section, table
+from eval.panel_section import panel_section
 from eval.result import EvalResult, Row
 from eval.run_folder import RunFolder, read_run
 from eval.statistics import Interval, fewest_changes
@@ -46,6 +47,7 @@ def training_report(run_dir: Path | str, path: Path | str | None = None) -> Path
         health_section(run),
         *(_pictures(pairs) if pairs is not None else ()),
         hacking_section(run, pairs),
+        panel_section(run),
         record_section(run),
         _footer(),
     ]  # fmt: skip

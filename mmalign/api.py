@@ -34,6 +34,7 @@ def score(
     journal: str | Path | None = None,
     overwrite: bool = False,
     progress: bool = False,
+    device: str = "auto",
 ) -> Score:
     """Score pictures. Higher is better; what could not be judged is ``valid=False`` with a note.
 
@@ -50,11 +51,14 @@ def score(
         prompts: one for all, one each, or ``None`` where the reward needs none.
         reward: whatever :func:`vision_rewards.factory.load_reward` takes.
         context: further facts for each picture, for rewards that need them.
-        batch_size: pictures handed to the reward at once.
+        batch_size: pictures handed to the reward at once; of a reward that compares the pictures
+            of a prompt at least as many as a prompt has.
         max_pixels: larger files stay unscored; by default Pillow's bound, 89 million.
         journal: a file that keeps finished scores; an interrupted run in it is continued.
         overwrite: start again where the journal holds scores of another reward.
         progress: show rate and time left on standard error.
+        device: where the reward works. ``auto`` is a CUDA GPU where there is one; media and
+            tensors are scored where they are.
 
     Returns:
         ``B`` scores in the order of the pictures, without gradients; for gradients call the
@@ -67,7 +71,7 @@ def score(
         JournalError: the journal belongs to another reward.
     """
     from mmalign.pictures import MAX_PIXELS, open_pictures
-    from mmalign.scoring import Journal, prompts_for, score_pictures
+    from mmalign.scoring import Journal, prompts_for, score_pictures, scoring_device
     from vision_rewards.factory import load_reward
     from vision_rewards.guard import GuardedReward
 
@@ -85,6 +89,7 @@ def score(
             max_pixels=MAX_PIXELS if max_pixels is None else max_pixels,
             journal=book,
             progress=progress,
+            device=scoring_device(device, pictures),
         )
 
 

@@ -28,7 +28,8 @@ def captions(files: Sequence[Path], source: str | Path) -> list[Caption]:
               ``image`` or ``file_name`` names the picture, rows may come in any order and may be
               more than the pictures; a name may hold folders (``a/1.png``). Otherwise rows are
               in the order of the pictures. Further columns are facts;
-            * a folder, holding the prompt of ``NAME.png`` in ``NAME.txt``.
+            * a folder, holding the prompt of ``NAME.png`` in ``NAME.txt``; that of ``a/NAME.png``
+              in ``a/NAME.txt`` where there is such a file.
 
     Raises:
         PromptFileError: unreadable or malformed, a picture without a prompt, a name given twice,
@@ -36,7 +37,7 @@ def captions(files: Sequence[Path], source: str | Path) -> list[Caption]:
     """
     source = Path(source)
     if source.is_dir():
-        return [(_beside(source / f"{file.stem}.txt", file), {}) for file in files]
+        return [(_beside(source, file), {}) for file in files]
     if source.suffix.lower() not in (".jsonl", ".ndjson", ".csv"):
         return _in_order([(prompt, {}) for prompt in read_prompts(source)], files, source)
     rows = _csv_rows(source) if source.suffix.lower() == ".csv" else _json_rows(source)
@@ -46,10 +47,16 @@ def captions(files: Sequence[Path], source: str | Path) -> list[Caption]:
     return _by_name(rows, column, files, source)
 
 
-def _beside(text: Path, picture: Path) -> str:
-    if not text.is_file():
-        raise PromptFileError(f"picture {picture} has no prompt: {text} does not exist")
-    return read_text(text).strip()
+def _beside(folder: Path, picture: Path) -> str:
+    """The text of the picture's name in ``folder``, under as many of its folders as match."""
+    name = picture.with_name(f"{picture.stem}.txt")
+    tails = [folder / tail for tail in _tails(name) if not tail.startswith("/")]
+    if name.absolute().is_relative_to(folder.absolute()):  # beside the pictures, and only there
+        tails = [name]
+    found = next((text for text in tails if text.is_file()), None)
+    if found is None:
+        raise PromptFileError(f"picture {picture} has no prompt: {tails[-1]} does not exist")
+    return read_text(found).strip()
 
 
 def _in_order(found: list[Caption], files: Sequence[Path], source: Path) -> list[Caption]:

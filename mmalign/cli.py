@@ -71,6 +71,7 @@ def _score(parser: Parser) -> None:
     parser.add_argument("--out", metavar="FILE", help="write scores to a .jsonl, .csv or .parquet")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--batch-size", type=int, help="pictures scored at once (32)")
+    parser.add_argument("--device", help="where networks score: auto, cpu, cuda or mps")
     parser.add_argument("--max-pixels", type=int, help="larger pictures stay unscored (89 million)")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
@@ -101,7 +102,22 @@ def _doctor(parser: Parser) -> None:
     parser.add_argument("--no-forward", action="store_true", help="skip the tiny forward pass")
 
 
+def _bench_methods(parser: Parser) -> None:
+    text = "compare training methods at equal compute; without it: measure speed and memory"
+    parser.add_argument("what", nargs="?", choices=["methods"], help=text)
+    group = parser.add_argument_group("bench methods (also --threads, --out DIR, --json)")
+    group.add_argument("--methods", metavar="A,B,...", help="rows of the table (all)")
+    group.add_argument("--seeds", metavar="0,1,...", help="seeds of each method (the table's)")
+    group.add_argument("--nfe", type=int, help="network evaluations of a run (the table's)")
+    group.add_argument("--table", metavar="FILE", help="another table than the shipped one")
+    group.add_argument("--short", action="store_true", help="a rehearsal of a minute or two")
+    text = "runs side by side (1); 0 runs nothing and writes the page from what is there"
+    group.add_argument("--jobs", type=int, help=text)
+    group.add_argument("--markdown", metavar="FILE", help="also write the tables into this file")
+
+
 def _bench(parser: Parser) -> None:
+    _bench_methods(parser)
     text = "the generator, or random:sd3.5-medium for that architecture with random weights"
     parser.add_argument("--policy", metavar="NAME_OR_PATH", help=text)
     parser.add_argument("--device", help="auto, cpu, cuda or mps")
@@ -123,6 +139,10 @@ def _bench(parser: Parser) -> None:
     parser.add_argument(
         "--gradient-checkpointing", action="store_const", const=True, help="recompute activations"
     )
+    text = "run the denoiser through torch.compile (inductor, or another back-end)"
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help=text)
+    text = "a row for each of these objectives, or for all of them"
+    parser.add_argument("--objectives", metavar="all|A,B,...", help=text)
     parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     parser.add_argument("--out", metavar="FILE", help="also write the JSON here")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -192,6 +212,7 @@ def _calibrate(parser: Parser) -> None:
     group.add_argument("--prompts", metavar="FILE_OR_DIR", help=text)
     parser.add_argument("--out", required=True, metavar="FILE.json", help="the file to write")
     parser.add_argument("--batch-size", type=int, help="pictures scored at once (32)")
+    parser.add_argument("--device", help="where networks score: auto, cpu, cuda or mps")
 
 
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {

@@ -161,9 +161,7 @@ def batches(
     Raises:
         ValueError: ``batch_size`` or ``max_pixels`` below 1.
     """
-    if batch_size < 1 or max_pixels < 1:
-        said = f"batch_size {batch_size} and max_pixels {max_pixels}"
-        raise ValueError(f"{said} must be 1 or more")
+    _check_bounds(batch_size, max_pixels)
     if isinstance(pictures, Media):
         for at in range(0, len(pictures), batch_size):
             rows = list(range(at, min(at + batch_size, len(pictures))))
@@ -171,6 +169,70 @@ def batches(
         return
     with _pixel_bound(max_pixels), closing(_decoded(pictures, batch_size, max_pixels)) as decoded:
         yield from _grouped(decoded, batch_size)
+
+
+def _check_bounds(batch_size: int, max_pixels: int) -> None:
+    if batch_size < 1 or max_pixels < 1:
+        said = f"batch_size {batch_size} and max_pixels {max_pixels}"
+        raise ValueError(f"{said} must be 1 or more")
+
+
+def whole_groups(
+    pictures: Media | list[Any],
+    groups: Sequence[Sequence[int]],
+    batch_size: int,
+    max_pixels: int = MAX_PIXELS,
+) -> Iterator[Batch]:
+    """As :func:`batches`, but the readable pictures of a group come in one batch, all of them.
+
+    Small groups of one size share a batch of at most ``batch_size``; a larger group is a batch of
+    its own. Pictures of a group that differ in size cannot be one batch: each comes as the error.
+
+    Raises:
+        ValueError: ``batch_size`` or ``max_pixels`` below 1.
+    """
+    _check_bounds(batch_size, max_pixels)
+    if isinstance(pictures, Media):
+        for rows in _packed(groups, batch_size):
+            yield rows, pictures[rows]
+        return
+    listed = [pictures[row] for group in groups for row in group]
+    waiting: list[tuple[int, Image.Image]] = []
+    with _pixel_bound(max_pixels), closing(_decoded(listed, batch_size, max_pixels)) as decoded:
+        for group in groups:
+            found = [(row, next(decoded)) for row in group]
+            yield from (([row], one) for row, one in found if isinstance(one, PictureError))
+            fresh = [(row, one) for row, one in found if not isinstance(one, PictureError)]
+            sizes = {one.size for _, one in fresh}
+            if len(sizes) > 1:
+                yield from (([row], _mixed(sizes)) for row, _ in fresh)
+                continue
+            same = not waiting or waiting[0][1].size in sizes
+            if fresh and waiting and (not same or len(waiting) + len(fresh) > batch_size):
+                yield _batch(waiting)
+                waiting = []
+            waiting += fresh
+    if waiting:
+        yield _batch(waiting)
+
+
+def _packed(groups: Sequence[Sequence[int]], batch_size: int) -> Iterator[list[int]]:
+    rows: list[int] = []
+    for group in groups:
+        if rows and len(rows) + len(group) > batch_size:
+            yield rows
+            rows = []
+        rows = [*rows, *group]
+    if rows:
+        yield rows
+
+
+def _mixed(sizes: set[tuple[int, int]]) -> PictureError:
+    said = ", ".join(f"{width} x {height}" for width, height in sorted(sizes))
+    return PictureError(
+        f"the pictures of its group have different sizes ({said}); those that are compared with "
+        "each other must be of one size: resize them"
+    )
 
 
 def _grouped(decoded: Iterator[Image.Image | PictureError], batch_size: int) -> Iterator[Batch]:

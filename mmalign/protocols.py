@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.reward_info import RewardInfo
-from mmalign.types import Conditioning, Media, MediaKind, Rollout, Score, Step
+from mmalign.types import Conditioning, Media, MediaKind, Regions, Rollout, Score, Step
 
 Parameterisation = Literal["flow", "epsilon", "v"]
 
@@ -136,6 +136,15 @@ class RewardModel(Protocol):
 
         Differentiable models keep the graph; the caller decides on ``no_grad``.
         """
+        ...
+
+
+@runtime_checkable
+class RegionReward(Protocol):
+    """A reward that also says where a picture is right or wrong."""
+
+    def regions(self, media: Media, prompts: Sequence[str]) -> Regions:
+        """Judge the places of a batch. What could not be judged is ``valid=False`` with a note."""
         ...
 
 
@@ -268,6 +277,7 @@ __all__ = [
     "Objective",
     "Parameterisation",
     "Policy",
+    "RegionReward",
     "Request",
     "RewardInfo",
     "RewardModel",

@@ -95,6 +95,7 @@ for _name, _target, _summary in (
     ("dance_sde", "mmalign.sampling.kernels:DanceSdeKernel", "DanceGRPO's constant-noise SDE"),
     ("step_sde", "mmalign.sampling.step_sde:StepSdeKernel", "SDE with a noise level for each step"),
     ("cps", "mmalign.sampling.kernels:CpsKernel", "coefficient-preserving step (Flow-CPS)"),
+    ("learned", "mmalign.sampling.learned:LearnedKernel", "Euler plus learned noise (ReinFlow)"),
     ("ddim", "mmalign.sampling.ddim:DdimKernel", "DDIM with noise, for diffusion models (DDPO)"),
 ):
     KERNELS.add(_name, _target, _summary)
@@ -113,7 +114,10 @@ for _name, _target, _summary in (
         "trainers.turning_point_grpo:TurningPointGrpo",
         "steps that turn a trajectory get its long-term credit",
     ),
+    ("reinflow", "trainers.reinflow:ReinFlow", "noise of each step learned with the policy"),
+    ("dpok", "trainers.dpok:Dpok", "a KL at every step, with a learned value as baseline"),
     ("flow_dppo", "trainers.flow_dppo:FlowDppo", "a trust region of divergences, no clip"),
+    ("euphonium", "trainers.euphonium:Euphonium", "rollouts guided by a reward's gradient"),
 ):
     OBJECTIVES.add(_name, _target, _summary)
 for _name, _target, _summary in (
@@ -130,7 +134,9 @@ for _name, _target, _summary in (
     ),
     ("awm", "trainers.awm:Awm", "advantage-weighted matching"),
     ("dgpo", "trainers.dgpo:Dgpo", "group preference optimisation on noised samples"),
+    ("ac_flow", "trainers.ac_flow:AcFlow", "exponential weights against a critic of noisy states"),
     ("crd", "trainers.crd:Crd", "centred rewards regressed by the model's own"),
+    ("srum", "trainers.srum:Srum", "matching weighted place by place by a judge's regions"),
 ):
     OBJECTIVES.add(_name, _target, _summary)
 STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")

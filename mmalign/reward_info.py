@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 MediaKind = Literal["image", "video"]
 Scope = Literal["pointwise", "pairwise", "group"]
 Range = tuple[float | None, float | None]
+BYTES = {"fp32": 4, "bf16": 2}  # of one weight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +45,17 @@ class RewardInfo:
     licence: str = ""
     checkpoint: str = ""
     parameters: float = 0.0
+
+    @property
+    def weight_bytes(self) -> dict[str, int]:
+        """Memory of the default checkpoint's weights by precision; what a forward pass adds
+        depends on the batch: ``mmalign bench --reward NAME`` measures it."""
+        return {dtype: round(self.parameters * 1e6 * size) for dtype, size in BYTES.items()}
+
+
+def groups_of(prompts: Sequence[str], context: Sequence[Mapping[str, Any]]) -> list[list[int]]:
+    """Rows that belong together: equal ``context["group"]`` where given, else equal prompts."""
+    found: dict[Any, list[int]] = {}
+    for row, (prompt, facts) in enumerate(zip(prompts, context, strict=True)):
+        found.setdefault(facts.get("group", prompt), []).append(row)
+    return list(found.values())

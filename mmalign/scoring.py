@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from mmalign.pictures import MAX_PIXELS, PictureError, batches
+from mmalign.pictures import MAX_PIXELS, PictureError, batches, whole_groups
 from mmalign.protocols import RewardInfo, RewardModel
+from mmalign.reward_info import groups_of
+from mmalign.runtime.device import pick_device
 from mmalign.runtime.log import JsonlLog, LogError, read_jsonl
 from mmalign.runtime.progress import track
 from mmalign.types import Media, Score
@@ -70,10 +72,20 @@ class Journal:
             )
         return records
 
-    def split(self, keys: Sequence[str]) -> tuple[list[int], Score | None, list[int]]:
-        """Places that are finished, their scores (``None`` for none), and places still to do."""
-        done = [i for i, key in enumerate(keys) if key in self._done]
-        rest = [i for i, key in enumerate(keys) if key not in self._done]
+    def split(
+        self, keys: Sequence[str], groups: Sequence[Sequence[int]] = ()
+    ) -> tuple[list[int], Score | None, list[int]]:
+        """Places that are finished, their scores (``None`` for none), and places still to do.
+
+        Of ``groups`` that are compared among themselves all places are to do while any is.
+        """
+        known = [key in self._done for key in keys]
+        for group in groups:
+            whole = all(known[i] for i in group)
+            for i in group:
+                known[i] = whole
+        done = [i for i, finished in enumerate(known) if finished]
+        rest = [i for i, finished in enumerate(known) if not finished]
         found = [self._done[keys[i]] for i in done]
         if not found:
             return [], None, rest
@@ -146,27 +158,41 @@ def score_pictures(
     max_pixels: int = MAX_PIXELS,
     journal: Journal | None = None,
     progress: bool = False,
+    device: torch.device | None = None,
 ) -> Score:
     """Scores ``(B,)`` in the order of ``pictures``, without gradients.
 
     A file that cannot be read is ``valid=False`` with a note that names it. With a journal,
-    pictures that it holds are not read again, and every finished batch is added to it.
+    pictures that it holds are not read again, and every finished batch is added to it. A reward
+    of ``group`` scope sees all pictures of a prompt (or of ``context["group"]``) at once, so that
+    the batch size changes no score.
+
+    Args:
+        device: where pictures are moved before they are scored; ``None`` leaves them.
 
     Raises:
-        ValueError: a journal for pictures that are not files, or not one context each.
+        ValueError: a journal for pictures that are not files, not one context each, or a group
+            of more than ``batch_size`` pictures.
     """
     count = len(pictures)
     if context is not None and len(context) != count:
         raise ValueError(f"{len(context)} contexts for {count} pictures; give one each")
-    keys = _keys(pictures, prompts, context) if journal else []
-    order, found, todo = journal.split(keys) if journal else ([], None, list(range(count)))
+    groups = _groups(model, prompts, context or [{}] * count, batch_size)
+    keys = _keys(pictures, prompts, context, groups) if journal else []
+    order, found, todo = journal.split(keys, groups) if journal else ([], None, list(range(count)))
     scores = [] if found is None else [found]
     rest = pictures[todo] if isinstance(pictures, Media) else [pictures[i] for i in todo]
+    place = {row: k for k, row in enumerate(todo)}
+    left = [[place[i] for i in group] for group in groups if group[0] in place]
+    if groups:
+        found_batches = whole_groups(rest, left, batch_size, max_pixels)
+    else:
+        found_batches = batches(rest, batch_size, max_pixels)
     with torch.no_grad(), track("score", count, len(order), progress) as advance:
-        for places, batch in batches(rest, batch_size, max_pixels):
+        for places, batch in found_batches:
             rows = [todo[p] for p in places]
             facts = None if context is None else [context[i] for i in rows]
-            score = _scored(model, batch, [prompts[i] for i in rows], facts)
+            score = _scored(model, batch, [prompts[i] for i in rows], facts, device)
             if journal:
                 journal.write([keys[i] for i in rows], score)
             scores.append(score)
@@ -175,14 +201,53 @@ def score_pictures(
     return Score.cat(scores)[sorted(range(count), key=order.__getitem__)]
 
 
+def _groups(
+    model: RewardModel,
+    prompts: Sequence[str],
+    context: Sequence[Mapping[str, Any]],
+    batch_size: int,
+) -> list[list[int]]:
+    """Rows that ``model`` compares with each other; none where it judges each for itself."""
+    if model.info.scope != "group":
+        return []
+    every = getattr(model, "whole_batch", False)
+    groups = [list(range(len(prompts)))] if every else groups_of(prompts, context)
+    largest = max(groups, key=len, default=[])
+    if len(largest) > batch_size:
+        of = "all prompts" if every else f"prompt {prompts[largest[0]]!r}"
+        raise ValueError(
+            f"reward {model.info.name!r} compares the {len(largest)} pictures of {of} with each "
+            f"other, and batch_size is {batch_size}: give batch_size={len(largest)} (--batch-size "
+            f"{len(largest)}) or more, or part them by a column 'group' beside the prompts"
+        )
+    return groups
+
+
+def scoring_device(name: str, pictures: Media | list[Any]) -> torch.device | None:
+    """Where pictures are scored.
+
+    Args:
+        name: ``auto`` leaves media where they are and takes files to a CUDA GPU where there is
+            one, else to the CPU; otherwise what :func:`~mmalign.runtime.device.pick_device` takes.
+    """
+    if name != "auto":
+        return pick_device(name)
+    if isinstance(pictures, Media):
+        return None
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _scored(
     model: RewardModel,
     batch: Media | PictureError,
     prompts: Sequence[str],
     context: Sequence[Mapping[str, Any]] | None,
+    device: torch.device | None,
 ) -> Score:
     if isinstance(batch, Media):
-        return model.score(batch, prompts, context)
+        before = batch.data.device
+        batch = batch if device is None else Media(batch.data.to(device))
+        return model.score(batch, prompts, context).to(before)
     return Score.of(torch.full((1,), torch.nan), model.identity, [str(batch)])
 
 
@@ -190,8 +255,15 @@ def _keys(
     pictures: Media | list[Any],
     prompts: Sequence[str],
     context: Sequence[Mapping[str, Any]] | None,
+    groups: Sequence[Sequence[int]],
 ) -> list[str]:
     if isinstance(pictures, Media) or not all(isinstance(p, Path) for p in pictures):
         raise ValueError("a journal recognises pictures by their files; give paths or a folder")
     facts = context or [{}] * len(pictures)
-    return [picture_key(*row) for row in zip(pictures, prompts, facts, strict=True)]
+    keys = [picture_key(*row) for row in zip(pictures, prompts, facts, strict=True)]
+    for group in groups:  # a score in a group is one beside these others
+        beside = "".join(sorted(keys[i] for i in group))
+        own = {i: hashlib.sha256(f"{keys[i]}{beside}".encode()).hexdigest()[:32] for i in group}
+        for i, key in own.items():
+            keys[i] = key
+    return keys

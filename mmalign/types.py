@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,12 @@ def _index(rows: slice | Sequence[int] | Tensor, length: int) -> Tensor:
     if not isinstance(rows, slice):
         rows = torch.as_tensor(rows, dtype=None if len(rows) else torch.int64).cpu()
     return torch.arange(length)[rows]
+
+
+def _cat(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """Joined, or ``None`` where any is."""
+    given = [t for t in tensors if t is not None]
+    return torch.cat(given) if len(given) == len(tensors) else None
 
 
 def _nan(like: Tensor) -> Tensor:
@@ -198,6 +204,66 @@ class Score:
         )
 
 
+Box = tuple[float, float, float, float]  # left, top, right, bottom, as shares
+
+
+@dataclass(frozen=True)
+class Region:
+    """One place of a picture.
+
+    Attributes:
+        box: left, top, right, bottom, as shares of width and height.
+        score: from -1, wrong, to 1, right.
+        note: what is there.
+
+    Raises:
+        ValueError: the box is empty or leaves the picture, or the score is out of range.
+    """
+
+    box: Box
+    score: float
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        left, top, right, bottom = self.box
+        if not (0 <= left < right <= 1 and 0 <= top < bottom <= 1):
+            raise ValueError(
+                f"a box is left < right and top < bottom within [0, 1], got {self.box}"
+            )
+        if not -1 <= self.score <= 1:
+            raise ValueError(f"a region's score must lie in [-1, 1], got {self.score}")
+
+
+@dataclass(frozen=True)
+class Regions:
+    """What a reward says about the places of ``B`` pictures, and about each as a whole.
+
+    Attributes:
+        boxes: the regions of each picture; possibly none.
+        overall: ``(B,)`` scores of the whole pictures in [-1, 1].
+        valid: ``(B,)`` bool; ``False`` means unscored, and neither boxes nor ``overall`` count.
+        notes: one explanation a picture, or empty.
+    """
+
+    boxes: tuple[tuple[Region, ...], ...]
+    overall: Tensor
+    valid: Tensor
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        counts = len(self.boxes), len(self.overall), len(self.valid)
+        if len(set(counts)) != 1:
+            raise ValueError(f"{counts} boxes, overall scores and validities must be as many")
+        out = self.valid & ~((self.overall >= -1) & (self.overall <= 1))
+        if bool(out.any()):
+            raise ValueError(
+                f"overall scores must lie in [-1, 1], got {self.overall[out].tolist()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """A batch of finished trajectories that can be replayed without the sampler.
@@ -220,6 +286,13 @@ class Rollout:
             carries 0, because evaluations belong to the batch that made them.
         means: ``(B, S, ...)`` fp32, the mean of each recorded transition under the policy that
             sampled; ``None`` unless they were asked for.
+        velocities: ``(B, S, ...)`` fp32, its predictions there; likewise.
+        shifts: ``(B, S, ...)`` fp32, what guidance added to each of these means; ``None`` where
+            nothing guided.
+        guided_density: whether ``log_probs`` are of the means with their shifts, or without.
+        guide_pictures: pictures that guidance scored; counted like ``nfe``.
+        maps: ``(B, 1, h, w)`` fp32 weight of each place of the clean latents; ``None`` unless they
+            were asked for.
     """
 
     prompts: tuple[str, ...]
@@ -237,12 +310,19 @@ class Rollout:
     policy_version: int = 0
     nfe: int = 0
     means: Tensor | None = None
+    velocities: Tensor | None = None
+    shifts: Tensor | None = None
+    guided_density: bool = False
+    guide_pictures: int = 0
+    maps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def __getitem__(self, rows: slice | Sequence[int] | Tensor) -> Rollout:
         index = _index(rows, len(self))
+        given = self._optional().items()
+        optional: dict[str, Any] = {n: v if v is None else v[index] for n, v in given}
         return replace(
             self,
             prompts=tuple(self.prompts[i] for i in index.tolist()),
@@ -255,8 +335,12 @@ class Rollout:
             media=None if self.media is None else self.media[index],
             conditioning=self.conditioning[index],
             nfe=0,
-            means=None if self.means is None else self.means[index],
+            guide_pictures=0,
+            **optional,
         )
+
+    def _optional(self) -> dict[str, Any]:
+        return {n: getattr(self, n) for n in ("means", "velocities", "shifts", "maps")}
 
     @staticmethod
     def cat(parts: Sequence[Rollout]) -> Rollout:
@@ -274,7 +358,9 @@ class Rollout:
                     "cannot be joined"
                 )
         media = [p.media for p in parts if p.media is not None]
-        means = [p.means for p in parts if p.means is not None]
+        optional: dict[str, Any] = {
+            n: _cat([p._optional()[n] for p in parts]) for n in first._optional()
+        }
         return replace(
             first,
             prompts=sum((p.prompts for p in parts), ()),
@@ -287,5 +373,6 @@ class Rollout:
             media=Media.cat(media) if len(media) == len(parts) else None,
             conditioning=Conditioning.cat([p.conditioning for p in parts]),
             nfe=sum(p.nfe for p in parts),
-            means=torch.cat(means) if len(means) == len(parts) else None,
+            guide_pictures=sum(p.guide_pictures for p in parts),
+            **optional,
         )

@@ -120,10 +120,10 @@ def keep_extremes(advantage: Tensor, groups: Tensor, keep: int) -> Tensor:
     """Mask ``(B,)`` of the best and worst ``keep / 2`` samples of each group (DanceGRPO).
 
     Advantages are computed on the whole group first; the mask only chooses whom to train on.
-    Advantages ``(B, S)`` are summed over steps.
+    Advantages ``(B, S)`` and ``(B, S, K)`` are summed over steps and kinds.
     """
-    if advantage.ndim == 2:
-        advantage = advantage.sum(1)
+    if advantage.ndim > 1:
+        advantage = advantage.flatten(1).sum(1)
     if keep % 2 or keep < 2:
         raise ValueError(f"keep must be an even number of at least 2, got {keep}")
     mask = torch.zeros_like(advantage, dtype=torch.bool)

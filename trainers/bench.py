@@ -31,12 +31,14 @@ from mmalign.runtime.measure import (
     plain_attention,
     spread,
     timed,
+    uncompiled,
 )
 from mmalign.runtime.versions import environment
 from mmalign.sampling.generate import autocast, evaluations
 from mmalign.types import Rollout
 from trainers.config import ModelConfig, OptimConfig, RolloutConfig, TrainConfig
 from trainers.loop import Trainer
+from trainers.pairs import Pairs
 from vision_rewards.factory import load_reward
 from vision_rewards.guard import GuardedReward
 
@@ -56,7 +58,7 @@ class BenchConfig:
         steps: denoising steps; all but the last are trained.
         guidance_scale, size: ``None`` takes the policy's own; ``size`` is in pixels.
         repeats: timings of each stage.
-        adapter, lora_rank, attention, gradient_checkpointing: as in a recipe's ``model``.
+        adapter, lora_rank, attention, gradient_checkpointing, compile: as in a recipe's ``model``.
         kl_beta: above 0 the update makes the reference pass too.
         reward: scores the rollout's pictures.
         threads: CPU threads of torch; ``None`` leaves them.
@@ -76,6 +78,7 @@ class BenchConfig:
     reward: str | Mapping[str, float] = "shapes_partial"
     attention: str = "native"
     gradient_checkpointing: bool = False
+    compile: str = ""
     threads: int | None = None
 
     def __post_init__(self) -> None:
@@ -108,17 +111,26 @@ def bench(policy: str, *, out: str | Path | None = None, **options: Any) -> dict
     if out is not None:
         make_directory(Path(out).resolve().parent)  # before anything is computed
     with cpu_threads(config.threads):
-        result = _Bench(policy, config).run()
+        result = Bench(policy, config).run()
     if out is not None:
         atomic_write_json(Path(out), result)
     return result
 
 
-class _Bench:
-    """One measurement: loads the policy, then runs the stages of a training step."""
+class Bench:
+    """One measurement: loads the policy, then runs the stages of a training step.
 
-    def __init__(self, name: str, config: BenchConfig) -> None:
+    Args:
+        name: the policy. ``algorithm``: the objective. ``settings``: the recipe's sections or
+            fields that differ from what is usual here.
+    """
+
+    def __init__(
+        self, name: str, config: BenchConfig, algorithm: str = "flow_grpo",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.name, self.config = name, config
+        self.algorithm, self.settings = algorithm, dict(settings or {})
         self.device = pick_device(config.device)
         self.dtype = pick_dtype(config.dtype, self.device)
         self.memory = Memory(self.device)
@@ -146,7 +158,8 @@ class _Bench:
         per_prompt = next((n for n in (8, 4, 2) if self.images % n == 0), self.images)
         return TrainConfig(
             policy=self.name,
-            objective={"kl_beta": c.kl_beta},
+            algorithm=self.algorithm,
+            objective=self.settings.get("objective", {"kl_beta": c.kl_beta}),
             reward=c.reward,
             prompts_per_step=self.images // per_prompt,
             images_per_prompt=per_prompt,
@@ -154,10 +167,12 @@ class _Bench:
                 adapter=c.adapter, lora_rank=c.lora_rank, lora_alpha=2 * c.lora_rank,
                 precision=_PRECISIONS[self.dtype], attention=c.attention,
                 gradient_checkpointing=c.gradient_checkpointing, lora_targets=targets,
+                compile=c.compile,
             ),
             rollout=RolloutConfig(
                 steps=c.steps, size=c.size, guidance_scale=c.guidance_scale,
-                batch_size=self.batch, kernel="flow_sde" if flow else "ddim",
+                batch_size=self.batch,
+                kernel=self.settings.get("kernel", "flow_sde" if flow else "ddim"),
             ),
             # The weights must not run away from where they were while the clock is running.
             optim=OptimConfig(lr=1e-9, weight_decay=0.0, micro_batch=self.batch),
@@ -178,7 +193,7 @@ class _Bench:
             "network": self._network(rollout),
             "rollout": rollout_stage,
             "decode": self._decode(rollout),
-            "reward": self._stage(
+            "reward": self.stage(
                 "reward", lambda: self.trainer.rollouts.score(rollout), images=len(rollout)
             ),
         }
@@ -193,7 +208,8 @@ class _Bench:
         self._add_flops(stages, rollout, ceiling["tflops"])
         return self._result(stages, ceiling, memory)
 
-    def _stage(self, name: str, run: Callable[[], Any], **work: int) -> dict[str, Any]:
+    def stage(self, name: str, run: Callable[[], Any], **work: int) -> dict[str, Any]:
+        """Time ``run``, which does so much ``work``: its counts, seconds and rates."""
         seconds = timed(run, self.config.repeats, self.device)
         counts = ", ".join(f"{n} {k.replace('_', ' ')}" for k, n in work.items())
         say(f"bench {self.name}: {name} {statistics.median(seconds):.4g} s ({counts})")
@@ -204,18 +220,18 @@ class _Bench:
         if is_random(self.name):
             return None  # there are no text encoders, only random embeddings
         prompts = [self.trainer.rollouts.prompts[i] for i in range(min(self.batch, 64))]
-        return self._stage("encode", lambda: self.policy.encode(prompts), prompts=len(prompts))
+        return self.stage("encode", lambda: self.policy.encode(prompts), prompts=len(prompts))
 
     def _rollout(self) -> tuple[dict[str, Any], Rollout]:
         """Trajectories with decoding, as in training; prompts are encoded in the warm-up."""
         rollout, nfe = self.trainer.rollouts.sample(0)
         work = {"images": len(rollout), "network_evaluations": nfe}
-        return self._stage("rollout", lambda: self.trainer.rollouts.sample(0), **work), rollout
+        return self.stage("rollout", lambda: self.trainer.rollouts.sample(0), **work), rollout
 
     def _network(self, rollout: Rollout) -> dict[str, Any]:
         part = rollout[: self.batch]
         nfe = evaluations(len(part), part.guidance_scale, part.conditioning)
-        return self._stage("network", lambda: self._predict(part), network_evaluations=nfe)
+        return self.stage("network", lambda: self._predict(part), network_evaluations=nfe)
 
     @torch.no_grad()
     def _predict(self, part: Rollout) -> None:
@@ -232,7 +248,7 @@ class _Bench:
                 for chunk in rollout.final.split(self.batch):
                     self.policy.decode(chunk)
 
-        return self._stage("decode", decode, images=len(rollout))
+        return self.stage("decode", decode, images=len(rollout))
 
     def _update(self, rollout: Rollout) -> dict[str, Any]:
         advantage = torch.ones(len(rollout), device=self.device)
@@ -243,7 +259,7 @@ class _Bench:
         def update() -> None:
             self.trainer.update(rollout, advantage, keep, len(rollout))
 
-        stage = self._stage("update", update, **work)
+        stage = self.stage("update", update, **work)
         stage["seconds_per_sample_step"] = stage["seconds"]["median"] / work["sample_steps"]
         return stage
 
@@ -254,11 +270,14 @@ class _Bench:
         one = rollout[:1]
         network = self.trainer.model.network
 
+        first = torch.zeros(1, dtype=torch.int64)
+        pair = Pairs(first, first, torch.ones(1, device=self.device))
+
         def step() -> None:
-            loss, _ = self.trainer.update._loss(one, torch.ones(1, device=self.device), 0)
+            loss, _ = self.trainer.update._loss(one, pair)
             loss.sum().backward()
 
-        with plain_attention(network, self.config.attention):
+        with plain_attention(network, self.config.attention), uncompiled(network):
             passes = evaluations(1, one.guidance_scale, one.conditioning)
             forward = count_flops(lambda: self._predict(one)) / passes
             both = count_flops(step)
@@ -281,8 +300,22 @@ class _Bench:
         self, stages: dict[str, Any], ceiling: dict[str, Any], memory: dict[str, Any]
     ) -> dict[str, Any]:
         seconds = sum(stages[n]["seconds"]["median"] for n in ("rollout", "reward", "update"))
+        trainable = sum(p.numel() for p in self.trainer.model.parameters())
+        return {
+            "policy": self.name,
+            "settings": self.settings_used(),
+            "parameters": {**self.parameters, "trainable": trainable},
+            "stages": stages,
+            "step": {"seconds": seconds, "images_per_second": self.images / seconds},
+            "matmul": ceiling,
+            "memory": memory,
+            "environment": environment(),
+        }
+
+    def settings_used(self) -> dict[str, Any]:
+        """The configuration with what was derived from it."""
         sampler, plan = self.policy.sampler, self.trainer.rollouts.plan(0)
-        settings = {
+        return {
             **asdict(self.config),
             "reward": self.trainer.reward.identity,
             "device": str(self.device),
@@ -294,17 +327,6 @@ class _Bench:
             "height": sampler.height,
             "width": sampler.width,
             "threads": torch.get_num_threads(),
-        }
-        trainable = sum(p.numel() for p in self.trainer.model.parameters())
-        return {
-            "policy": self.name,
-            "settings": settings,
-            "parameters": {**self.parameters, "trainable": trainable},
-            "stages": stages,
-            "step": {"seconds": seconds, "images_per_second": self.images / seconds},
-            "matmul": ceiling,
-            "memory": memory,
-            "environment": environment(),
         }
 
 

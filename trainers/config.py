@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmalign.config import ConfigError
+from trainers.panel_config import PanelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class ModelConfig:
     ``adapter`` is ``lora`` (peft, the reference is the adapter switched off) or ``full``.
     ``trainable`` restricts full training to parameters whose names contain one of these; empty
     means all. ``lora_targets`` are module name endings. ``precision`` is the autocast type of
-    rollout and update alike: they must agree for the policy ratio to start at 1.
+    rollout and update alike: they must agree for the policy ratio to start at 1. ``compile`` names
+    a back-end of ``torch.compile`` for the denoiser (``inductor``); empty leaves it as it is.
     """
 
     adapter: Literal["lora", "full"] = "lora"
@@ -42,6 +44,7 @@ class ModelConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     attention: str = "native"
     gradient_checkpointing: bool = False
+    compile: str = ""
     ema_decay: float = 0.0
     ema_every: int = 1
 
@@ -222,7 +225,12 @@ class AdvantageConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimiser settings; ``updates_per_rollout`` splits each rollout into that many updates."""
+    """Optimiser settings; ``updates_per_rollout`` splits each rollout into that many updates.
+
+    An update that is not finite, or whose gradient norm is above ``skip_above`` times the median
+    of those before it (0: whatever it is), is skipped. The run stops when more than
+    ``max_skipped_share`` of the last 50 updates were, or of all of them while there are fewer.
+    """
 
     name: Literal["adamw", "muon"] = "adamw"
     lr: float = 3e-4
@@ -233,6 +241,19 @@ class OptimConfig:
     decay: bool = False
     updates_per_rollout: int = 1
     micro_batch: int = 0
+    skip_above: float = 0.0
+    max_skipped_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.skip_above != 0 and not self.skip_above > 1:
+            raise ConfigError(
+                f"optim.skip_above is {self.skip_above}; it must be above 1 (times the median "
+                "gradient norm), or 0 for no such bound"
+            )
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ConfigError(
+                f"optim.max_skipped_share is {self.max_skipped_share}; it must lie in [0, 1]"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,6 +305,7 @@ class TrainConfig:
     advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    panel: PanelConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "save_every", "keep_checkpoints"):
@@ -309,7 +331,7 @@ class TrainConfig:
 # Settings that may change between a run and its resumption without making it another run.
 RESUMABLE_CHANGES = (
     "output_dir", "steps", "max_nfe", "save_every", "keep_checkpoints", "trackers", "device",
-    "evaluation",
+    "evaluation", "panel",
 )  # fmt: skip
 
 

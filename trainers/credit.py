@@ -43,6 +43,8 @@ class Credit:
         lowest: lower end of the reward's range, ``None`` where it is open.
         history: mean and deviation of the rewards of the run so far, this step included; filled
             where the objective needs ``history``.
+        shaped: ``(B,)`` normalised rewards, 0 where unscored; filled where there is a critic.
+        expected: ``(B, S)`` what the critic expected of the states that the update sees.
     """
 
     score: Score
@@ -54,6 +56,8 @@ class Credit:
     valid: Tensor | None = None
     lowest: float | None = None
     history: tuple[float, float] | None = None
+    shaped: Tensor | None = None
+    expected: Tensor | None = None
 
     def states(self) -> tuple[Tensor, Tensor]:
         """Values and which are valid; an error where nobody asked for them."""
@@ -70,11 +74,27 @@ class Credit:
         both = valid[:, 1:] & valid[:, :-1]
         return torch.where(both, values[:, 1:] - values[:, :-1], 0.0), both
 
+    def surprise(self) -> Tensor:
+        """``(B, S)``: by what each sample's reward exceeds the critic's value of its states."""
+        if self.shaped is None or self.expected is None:
+            raise RuntimeError("there is no critic: the objective must have a 'critic'")
+        return torch.where(self.score.valid[:, None], self.shaped[:, None] - self.expected, 0.0)
+
+    def _critic_metrics(self) -> dict[str, float]:
+        """Mean squared error of the critic on rewards new to it, and the share it explains."""
+        if self.shaped is None or not bool(self.score.valid.any()):
+            return {}
+        error = self.surprise()[self.score.valid]
+        spread = float(self.shaped[self.score.valid].var(unbiased=False))
+        explained = 1 - float(error.var(0, unbiased=False).mean()) / spread if spread > 0 else 0.0
+        return {"critic/error": float(error.square().mean()), "critic/explained": explained}
+
     def metrics(self, advantage: Tensor) -> dict[str, float]:
         """Per-step means of values, gains and sizes of advantages, where there are any."""
-        found: dict[str, float] = {}
-        if advantage.ndim == 2:
-            sizes = advantage.abs().mean(0).tolist()
+        found = self._critic_metrics()
+        if advantage.ndim > 1 and self.steps:
+            scored = advantage[self.score.valid].abs()
+            sizes = scored.reshape(*scored.shape[:2], -1).mean((0, 2)).tolist()
             found |= {f"by_step/advantage/{k}": a for k, a in zip(self.steps, sizes, strict=True)}
         if self.values is None:
             return found
@@ -211,6 +231,25 @@ def check(objective: Any, options: AdvantageConfig, info: RewardInfo, separate: 
                 f"{name} takes the value of a state from the sum of the rewards, which cannot be "
                 "kept separate; use advantage.combine 'rewards' and a weighted_sum"
             )
+    if getattr(objective, "critic", None) is not None:
+        _check_critic(name, options, separate)
     own = getattr(objective, "check_reward", None)
     if own is not None:
         own(info)
+
+
+def _check_critic(name: str, options: AdvantageConfig, separate: bool) -> None:
+    """Refuse what shapes advantages of a group: a critic's are measured against its values."""
+    default = AdvantageConfig()
+    for key in ("baseline", "std"):
+        value = getattr(options, key)
+        if value != getattr(default, key):
+            raise ConfigError(
+                f"advantage.{key} is {value!r}, but {name} with a critic measures rewards against "
+                "its values; remove it, or the critic"
+            )
+    if separate:
+        raise ConfigError(
+            f"{name} with a critic takes one normalised reward, which cannot be kept separate; use "
+            "advantage.combine 'rewards' and a weighted_sum"
+        )

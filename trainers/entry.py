@@ -244,6 +244,7 @@ def _write_run(trainer: Trainer, folder: Path, finished: bool = False) -> None:
             "policy": trainer.policy.name,
             "reward": trainer.reward.identity,
             "finished": finished,
+            "stopped": trainer.stopped,
             "steps": trainer.step,
             "seconds": trainer.seconds,
             "nfe": trainer.nfe,
@@ -273,4 +274,4 @@ def with_output(config: TrainConfig, output_dir: str | None) -> TrainConfig:
 def run_preflight(config: TrainConfig, reward: Any = None) -> Report:
     """Build the recipe on a few samples and check it; see :mod:`trainers.preflight`."""
     trainer = build(small(config), Path(config.output_dir), reward)
-    return preflight(trainer)
+    return preflight(trainer, config)

@@ -17,6 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mmalign.sampling.process import like
 from trainers.objective import StepBatch
 
 KlForm = Literal["exact", "no_dt", "velocity", "state"]
@@ -85,5 +86,5 @@ class FlowGrpo:
             return difference.flatten(1).mean(1)
         variance = batch.step.std.detach().square()
         if self.kl_form == "no_dt":
-            variance = variance / batch.h
+            variance = variance / like(batch.h, batch.velocity)
         return (difference / (2 * variance)).flatten(1).mean(1)

@@ -1,13 +1,15 @@
 r"""The forward process: clean latents of a rollout, noised anew for each update.
 
-:math:`x_\sigma = (1 - \sigma) x_0 + \sigma \epsilon`. Level and noise of a draw are a function of
-the sample's seed and the number of the draw alone, so neither micro-batch, nor the number of
-processes, nor an interruption changes them.
+:math:`x_\sigma = (1 - \sigma) x_0 + \sigma \epsilon` for flow models; for the others see
+:mod:`mmalign.sampling.process`. Level and noise of a draw are a function of the sample's seed and
+the number of the draw alone, so neither micro-batch, nor the number of processes, nor an
+interruption changes them.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from mmalign.config import ConfigError
 from mmalign.protocols import Kernel, Policy
 from mmalign.runtime.seeds import stable_seed
+from mmalign.sampling import process
 from mmalign.sampling.generate import autocast, evaluations
 from mmalign.types import Rollout
 from trainers.config import ForwardConfig, RolloutConfig, TrainConfig
@@ -47,10 +50,10 @@ def check_process(config: TrainConfig, objective: Any, policy: Policy, kernel: K
                 f"rollout.{key} is {value!r}, but {name} records no steps; remove it (the levels "
                 "trained on are chosen by the section forward)"
             )
-    if policy.parameterisation != "flow":
+    if known_levels(policy) is not None and config.forward.shift != 1.0:
         raise ConfigError(
-            f"{name} matches velocities of flow models, but {policy.name} predicts "
-            f"{policy.parameterisation}; use a flow model, or an objective on recorded steps"
+            f"forward.shift is {config.forward.shift}, but {policy.name} knows only the levels of "
+            "its own training times, which a shift would miss; remove it"
         )
     if config.rollout.shared_noise and not kernel.stochastic:
         raise ConfigError(
@@ -80,6 +83,15 @@ def _changed(section: Any, default: Any) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in values if value != getattr(default, key)]
 
 
+def known_levels(policy: Policy) -> Tensor | None:
+    """Noise levels of the times that the policy's network was trained on, ascending fp64 ``(T,)``.
+
+    ``None`` where it takes any level, as flow models do.
+    """
+    levels = getattr(policy, "levels", None)
+    return None if levels is None else levels.cpu()
+
+
 class Noising:
     """Draws levels and noise, and predicts under every version of the weights that is needed."""
 
@@ -90,23 +102,37 @@ class Noising:
         self.config, self.policy, self.model, self.objective = config, policy, model, objective
         self.seed, self.dtype = seed, dtype
         self.draws = config.draws
-        self.grid = self._grid(policy.sigmas(steps)) if config.times == "grid" else None
+        known = known_levels(policy)
+        if config.times == "grid":
+            known = policy.sigmas(steps)[:-1].cpu()  # the last is where the picture is, not a time
+        self.grid = None if known is None else self._within(known)
+        self.listed = config.times == "grid" or (
+            self.grid is not None and config.times == "uniform"
+        )
 
-    def _grid(self, sigmas: Tensor) -> Tensor:
+    def _within(self, known: Tensor) -> Tensor:
         low, high = self.config.levels
-        levels = sigmas.float().cpu()
-        levels = levels[(levels > 0) & (levels >= low) & (levels <= high)]
+        levels = known[(known > 0) & (known >= low) & (known <= high)]
         if not len(levels):
-            shown = ", ".join(f"{s:.3f}" for s in sigmas.tolist())
+            shown = ", ".join(f"{s:.3f}" for s in known[:: max(1, len(known) // 20)].tolist())
             raise ConfigError(
                 f"forward.levels {self.config.levels} holds no level of the grid {shown}; widen it"
             )
         return levels
 
     def level(self, quantile: Tensor) -> Tensor:
-        """Noise levels at quantiles in [0, 1) of the configured distribution, shaped like them."""
-        if self.grid is not None:
+        """Noise levels at quantiles in [0, 1) of the configured distribution, shaped like them.
+
+        A network that knows only some levels gets each of them alike where times are ``uniform``,
+        and the one nearest to what was drawn otherwise.
+        """
+        if self.grid is None:
+            return self._anywhere(quantile)
+        if self.listed:
             return self.grid[(quantile * len(self.grid)).long().clamp_max(len(self.grid) - 1)]
+        return self.grid[(self._anywhere(quantile).unsqueeze(-1) - self.grid).abs().argmin(-1)]
+
+    def _anywhere(self, quantile: Tensor) -> Tensor:
         c, (low, high) = self.config, self.config.levels
         if c.times == "logit_normal":
             # The normal distribution cut to the bounds: its quantiles between theirs.
@@ -119,38 +145,52 @@ class Noising:
             level = low + (high - low) * quantile
         return c.shift * level / (1 + (c.shift - 1) * level)
 
-    def draw(self, rollout: Rollout, index: int) -> tuple[Tensor, Tensor]:
+    def draw(self, rollout: Rollout, index: int | Tensor) -> tuple[Tensor, Tensor]:
         """Levels ``(b,)`` and noise ``(b, ...)`` of draw ``index``, on the latents' device.
+
+        ``index`` is one number for all samples, or ``(b,)``, one for each.
 
         The draws of one sample share out the quantiles of the level between them: draw ``k`` of
         ``n`` lies in ``[k / n, (k + 1) / n)``, so each sample sees all of the schedule.
         """
         shape = rollout.final.shape[1:]
+        index = torch.as_tensor(index).cpu().expand(len(rollout))
         generators = [torch.Generator().manual_seed(s) for s in self._seeds(rollout, index)]
         within = torch.stack([torch.rand((), generator=g, dtype=torch.float64) for g in generators])
-        sigma = self.level((index + within) / self.draws).float()
+        sigma = self.level((index + within) / self.draws)
+        # What is left of the picture at high noise is the small difference of two numbers near 1.
+        sigma = sigma.float() if self.policy.parameterisation == "flow" else sigma.double()
         noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
         return sigma.to(rollout.final.device), noise.to(rollout.final.device)
 
-    def _seeds(self, rollout: Rollout, index: int) -> list[int]:
+    def _seeds(self, rollout: Rollout, index: Tensor) -> list[int]:
         """One seed per sample; one per group where the objective compares within groups."""
+        draws = index.tolist()
         if not getattr(self.objective, "group_draws", False):
-            return [stable_seed("forward", s, index) for s in rollout.seeds]
-        version = rollout.policy_version
+            return [stable_seed("forward", s, k) for s, k in zip(rollout.seeds, draws, strict=True)]
+        fixed = ("forward", self.seed, rollout.policy_version)
         groups = rollout.groups.tolist()
-        return [stable_seed("forward", self.seed, version, int(g), index) for g in groups]
+        return [stable_seed(*fixed, int(g), k) for g, k in zip(groups, draws, strict=True)]
 
     def batch(
-        self, rollout: Rollout, advantage: Tensor, index: int, pooled: Tensor | None = None
+        self,
+        rollout: Rollout,
+        advantage: Tensor,
+        index: int | Tensor,
+        pooled: Tensor | None = None,
+        known: Mapping[str, Tensor] | None = None,
     ) -> tuple[ForwardBatch, int]:
-        """Draw ``index`` of some samples as the objective sees it, and the evaluations it cost."""
+        """Draw ``index`` of some samples as the objective sees it, and the evaluations it cost.
+
+        ``known`` holds predictions of this very draw under other versions of the weights.
+        """
         sigma, noise = self.draw(rollout, index)
-        level = sigma.reshape(-1, *([1] * (noise.ndim - 1)))
-        noised = (1 - level) * rollout.final + level * noise
-        others, passes = {}, 1
+        kind = self.policy.parameterisation
+        noised = process.noised(kind, rollout.final, noise, sigma)
+        others, passes = dict(known or {}), 1
         # Before the pass with gradient, so that no graph sees the weights exchanged.
         for name in sorted(self.objective.needs):
-            if not self.model.is_current(name):
+            if name not in others and not self.model.is_current(name):
                 with torch.no_grad(), self.model.version(name):
                     others[name] = self._predict(rollout, noised, sigma)
                 passes += 1
@@ -158,8 +198,9 @@ class Noising:
         for name in self.objective.needs - others.keys():
             others[name] = velocity.detach()
         batch = ForwardBatch(
-            rollout.final, noise, sigma, noised, velocity, advantage, others, pooled
-        )
+            rollout.final, noise, sigma, noised, velocity, advantage, others, pooled, kind,
+            rollout.maps,
+        )  # fmt: skip
         scale = self._scale(rollout)
         return batch, passes * evaluations(len(rollout), scale, rollout.conditioning)
 

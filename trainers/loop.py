@@ -28,6 +28,7 @@ from trainers.advantages import (
 )
 from trainers.config import TrainConfig
 from trainers.credit import Credit, History
+from trainers.critic import build_critic
 from trainers.data import (
     check_overlap,
     minibatches,
@@ -37,10 +38,13 @@ from trainers.data import (
 from trainers.forward import build_noising, check_process
 from trainers.metrics import score_metrics, update_metrics
 from trainers.model import TrainableModel
+from trainers.noise import learnable, parameters_of
 from trainers.objective import build_objective
 from trainers.optim import build_optimizer, lr_scale
+from trainers.panel import Panel
 from trainers.rollouts import Rollouts, everywhere_sum, refuse_broken
-from trainers.update import TrainingError, Updater
+from trainers.skips import SkipRule, TrainingError
+from trainers.update import Updater
 from vision_rewards.guard import RewardFailedError
 from vision_rewards.prefetch import Prefetch
 
@@ -79,12 +83,15 @@ class Trainer:
             check_overlap(config, reward.info.scope, accelerator.num_processes)
         objective = build_objective(config.algorithm, dict(config.objective))
         kernel = build_kernel(config.rollout.kernel, **dict(config.rollout.kernel_options))
-        kernel = fitted(kernel, policy)
+        kernel = learnable(fitted(kernel, policy), objective, policy, config)
         self.dtype = pick_dtype(config.model.precision, policy.device)
         check_process(config, objective, policy, kernel)
-        self.model = TrainableModel(policy, config.model, "reference" in objective.needs)
+        self.model = TrainableModel(
+            policy, config.model, "reference" in objective.needs, parameters_of(kernel)
+        )
         self.model.keep_copies(getattr(objective, "copies", {}))
-        self.optimizer = build_optimizer(self.model, config.optim)
+        extra_lr = getattr(objective, "noise_lr", config.optim.lr)
+        self.optimizer = build_optimizer(self.model, config.optim, extra_lr)
         # Refuse what cannot be combined so, before any work.
         credit.check(objective, config.advantage, reward.info, bool(self._weights()))
         calibration.check_kernel(kernel, config.rollout.calibration)
@@ -97,9 +104,12 @@ class Trainer:
         self.update = Updater(
             policy, self.model, objective, kernel, self.optimizer, accelerator,
             micro_batch=config.optim.micro_batch, grad_clip=config.optim.grad_clip,
-            dtype=self.dtype,
+            dtype=self.dtype, skips=SkipRule(config.optim),
             forward=build_noising(config, policy, self.model, objective, self.dtype),
         )  # fmt: skip
+        self.panel = None if config.panel is None else Panel(config, self.rollouts, folder)
+        self.stopped = ""  # why a rule of the panel ended the run
+        self.critic = build_critic(objective, config, policy, accelerator, self.update.forward)
         self.last: dict[str, float] = {}
         self.step = 0
         self.updates = 0
@@ -115,6 +125,8 @@ class Trainer:
             state = checkpoint.load_latest(self.folder / "checkpoints", self.policy.device)
         if state is None:
             return False
+        if self.panel is not None and self.accelerator.is_main_process:
+            self.panel.prepare()  # what is loaded next is not the model before training
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.updates = int(state["step"]), int(state["updates"])
@@ -125,8 +137,12 @@ class Trainer:
             self.tracker.load_state_dict(state["tracker"])
         if self.history is not None:
             self.history.load_state_dict(state["history"])
+        if self.critic is not None:
+            self.critic.load_state_dict(state["critic"])
         if state.get("noise"):
             self._use_kernel(StepSdeKernel(**state["noise"]))
+        self.update.skips.load_state_dict(state.get("skips", {}))
+        self.stopped = self._on_main(lambda panel: panel.restart(self.step))
         return True
 
     def save(self) -> None:
@@ -142,6 +158,8 @@ class Trainer:
             "step_nfe": self.step_nfe,
             "tracker": self.tracker.state_dict() if self.tracker else {},
             "history": self.history.state_dict() if self.history else {},
+            "skips": self.update.skips.state_dict(),
+            "critic": self.critic.state_dict() if self.critic else {},
             "noise": asdict(self.rollouts.kernel) if self.calibrated else {},
         }
         folder = self.folder / "checkpoints"
@@ -154,7 +172,7 @@ class Trainer:
         """Whether the steps are made, or another one would end further from ``max_nfe``."""
         bound = self.config.max_nfe
         spent = bound > 0 and self.nfe + self.step_nfe / 2 > bound
-        return self.step >= self.config.steps or spent
+        return bool(self.stopped) or self.step >= self.config.steps or spent
 
     @property
     def evaluation_due(self) -> bool:
@@ -175,6 +193,7 @@ class Trainer:
         if self.config.rollout.calibration.rounds and not self.calibrated:
             self._use_kernel(calibration.calibrate(self))
         log = JsonlLog(self.folder / "metrics.jsonl", self.step) if main else None
+        self._look()
         try:
             while not self.finished:
                 metrics = self.last = self._step_or_save()
@@ -183,11 +202,33 @@ class Trainer:
                 self.accelerator.log(metrics, step=self.step)
                 if self.step % self.config.save_every == 0 or self.finished:
                     self.save()
+                self._look()
                 if on_step is not None:
                     on_step(self, self.step)
         finally:
             if log is not None:
                 log.close()
+
+    def _look(self) -> None:
+        """A look of the panel where one is due; a rule to stop at ends the run, which is saved."""
+        if self.panel is None or not self.panel.wanted(self.step, self.finished):
+            return
+        reason = self._on_main(lambda panel: panel.look(self.step))
+        if reason and not self.stopped:
+            self.stopped = reason
+            say(f"stopping: {reason}")
+            self.save()
+
+    def _on_main(self, work: Callable[[Panel], str]) -> str:
+        """What the panel answers on the main process, on all of them; its failure too."""
+        if self.panel is None:
+            return ""
+        panel = self.panel
+
+        def answer() -> str:
+            return work(panel) if self.accelerator.is_main_process else ""
+
+        return credit.everywhere(self.accelerator, answer)[0]
 
     def _step_or_save(self) -> dict[str, float]:
         """One step; a reward that fails in it leaves a checkpoint of the last finished one."""
@@ -209,6 +250,7 @@ class Trainer:
             refuse_broken(rollout)
             sampled = time.perf_counter()
             score, groups = self.rollouts.score(rollout, scorer)
+        rollout, score = self.rollouts.mapped(rollout, score)
         evidence, completed = self.evidence(rollout, score, groups)
         advantage = self.advantages(evidence)
         keep = self._keep(advantage, groups)
@@ -224,7 +266,9 @@ class Trainer:
         return {
             **score_metrics(score, groups, advantage),
             **evidence.metrics(advantage),
+            **self.rollouts.metrics(rollout),
             **update_metrics(results, self.accelerator),
+            "updates/skipped": self.update.skips.skipped,
             "lr": self.optimizer.param_groups[0]["lr"] * self._scale(),
             "seconds": self.seconds,
             "nfe": self.nfe,
@@ -243,11 +287,13 @@ class Trainer:
             values, valid, nfe = self.rollouts.values(
                 rollout, score, self.rollouts.plan(self.step), steps
             )
+        shaped, expected = (None, None) if self.critic is None else self.critic(rollout, score)
         return Credit(
             score=score, groups=groups, outcome=self._outcome(score, groups), steps=rollout.steps,
             options=self.config.advantage, values=values, valid=valid,
             lowest=self.reward.info.range[0],
             history=None if self.history is None else self.history(score),
+            shaped=shaped, expected=expected,
         ), nfe  # fmt: skip
 
     def advantages(self, evidence: Credit) -> Tensor:
@@ -277,6 +323,8 @@ class Trainer:
 
     def _updates(self, rollout: Rollout, advantage: Tensor, keep: Tensor) -> list[Any]:
         """All updates of one rollout; rows are numbered over all processes."""
+        if self.step < getattr(self.update.objective, "warmup", 0):
+            return []  # only the critic learns so far
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         low, high = share(self.config.batch, rank, world)
         results = []
@@ -288,7 +336,8 @@ class Trainer:
                 group["scale"] = self._scale()
             results.append(self.update(rollout[local - low], advantage[at], keep[at], count))
             self.updates += 1
-            self.model.update_ema(self.updates)
+            if not self.update.skips.last:
+                self.model.update_ema(self.updates)
         self.rollouts.version = self.updates
         self.model.update_copies(self.updates)
         return results

@@ -1,4 +1,4 @@
-r"""Errors of a velocity on a draw of the forward process, shared by the objectives that match it.
+r"""Errors of a prediction on a draw of the forward process, shared by the objectives that match it.
 
 All are per sample, ``(b,)``, a mean over the elements of the latents, in fp64: objectives subtract
 such errors from each other where they nearly agree.
@@ -25,7 +25,11 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def matching_error(batch: ForwardBatch, velocity: Tensor) -> Tensor:
-    r""":math:`l = \mathrm{mean}_D (v - (\epsilon - x_0))^2`, the flow-matching error."""
+    r""":math:`l = \mathrm{mean}_D (v - v^*)^2` with the target :math:`v^*` of the parameterisation.
+
+    :math:`\epsilon - x_0` for flow models, :math:`\epsilon` or :math:`\alpha\epsilon - \sigma x_0`
+    for diffusion models.
+    """
     return distance(velocity, batch.target)
 
 
@@ -50,14 +54,13 @@ def weighed(error: Tensor, sigma: Tensor, form: ErrorForm) -> Tensor:
 
 
 def clean_error(batch: ForwardBatch, velocity: Tensor, adaptive: bool = True) -> Tensor:
-    r"""Error of the clean estimate :math:`\hat x_0 = x_\sigma - \sigma v`.
+    r"""Error of the clean estimate, :math:`\mathrm{mean}_D (\hat x_0 - x_0)^2`.
 
-    :math:`\mathrm{mean}_D (\hat x_0 - x_0)^2`, which is :math:`\sigma^2 l`. ``adaptive`` divides
-    by the mean absolute difference, held constant, so that all noise levels count about equally
-    (DiffusionNFT, 2509.16117).
+    That is :math:`\sigma^2 l` for flow and v-prediction and :math:`(\sigma / \alpha)^2 l` for
+    epsilon-prediction. ``adaptive`` divides by the mean absolute difference, held constant, so that
+    all noise levels count about equally (DiffusionNFT, 2509.16117).
     """
-    level, noised = batch.level.double(), batch.noised.double()
-    difference = (noised - level * velocity.double() - batch.clean.double()).flatten(1)
+    difference = (batch.estimate(velocity.double()) - batch.clean.double()).flatten(1)
     error = difference.square().mean(1)
     if not adaptive:
         return error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,13 +21,13 @@ def score_metrics(score: Score, groups: Tensor, advantage: Tensor) -> dict[str, 
         _, spread = group_statistics(score.value, score.valid, groups)
         metrics["reward/mean"] = float(values.mean())
         metrics["reward/std"] = float(values.std(unbiased=False))
-        metrics["reward/group_std"] = float(spread.mean())
+        metrics["reward/group_std"] = float(spread[score.valid].mean())
+        metrics["advantage/abs_mean"] = float(advantage[score.valid].abs().mean())
     for name, part in score.parts.items():
         known = part[torch.isfinite(part)]
         if len(known):
             metrics[f"reward/part/{name}"] = float(known.mean())
     metrics["zero_spread"] = zero_spread_share(score.value, score.valid, groups)
-    metrics["advantage/abs_mean"] = float(advantage.abs().mean())
     return metrics
 
 
@@ -44,7 +45,9 @@ def update_metrics(results: list[tuple[Totals, float]], accelerator: Any) -> dic
     metrics = {_NAMES.get(n, n): v for n, v in means.items() if "/" not in n}
     metrics |= {f"by_step/{n}": v for n, v in means.items() if "/" in n}
     metrics["ratio/max_deviation"] = deviation
-    metrics["grad_norm"] = sum(norm for _, norm in results) / max(len(results), 1)
+    norms = [norm for _, norm in results if math.isfinite(norm)]  # others were skipped
+    # Without any update (a critic's warm-up) it is 0; where all of them were skipped, unknown.
+    metrics["grad_norm"] = sum(norms) / len(norms) if norms else (math.nan if results else 0.0)
     return metrics
 
 

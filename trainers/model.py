@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config import ConfigError
-from mmalign.runtime.device import set_attention_backend
+from mmalign.runtime.device import compile_network, set_attention_backend
 from mmalign.runtime.files import atomic_directory
 from trainers.config import ModelConfig
 
@@ -24,12 +24,18 @@ class TrainableModel:
     before training (the adapter off, or a frozen copy); :meth:`averaged` to the moving average;
     :meth:`version` to one of the copies that an objective asked for with :meth:`keep_copies`.
 
+    ``extra`` are parameters beside the network's, by name, that are trained, averaged and saved in
+    checkpoints with its own, but are no part of the model: the reference and exports lack them.
+
     Raises:
         ConfigError: the LoRA targets match no module of this network.
     """
 
-    def __init__(self, policy: Any, config: ModelConfig, needs_reference: bool) -> None:
-        self.policy, self.config = policy, config
+    def __init__(
+        self, policy: Any, config: ModelConfig, needs_reference: bool,
+        extra: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:  # fmt: skip
+        self.policy, self.config, self.extra = policy, config, dict(extra or {})
         self.network: nn.Module = policy.denoiser
         # A policy need not stand on a pipeline; where it does, its other networks stay as they are.
         components = getattr(getattr(policy, "pipeline", None), "components", {})
@@ -47,6 +53,10 @@ class TrainableModel:
             if needs_reference:
                 self._frozen = copy.deepcopy(self.network).eval()
             self._free_weights()
+        if config.compile:
+            compile_network(self.network, config.compile)
+            if self._frozen is not None:
+                compile_network(self._frozen, config.compile)
         self.copies: dict[str, dict[str, Tensor]] = {}
         self._decays: dict[str, Callable[[int], float]] = {}
         self._equal: set[str] = set()  # copies that hold the current weights
@@ -61,7 +71,7 @@ class TrainableModel:
         for name, parameter in self.network.named_parameters():
             wanted = not chosen or any(part in name for part in chosen)
             parameter.requires_grad_(wanted and not name.startswith(unused))
-        if not self.parameters():
+        if not self._own_parameters():
             names = sorted({n.split(".")[0] for n, _ in self.network.named_parameters()})
             raise ConfigError(
                 f"model.trainable {chosen} matches no parameter of {type(self.network).__name__}; "
@@ -98,7 +108,10 @@ class TrainableModel:
         return [n for n in names if n in unused and any(n.endswith(f".{t}") for t in targets)]
 
     def named_parameters(self) -> list[tuple[str, nn.Parameter]]:
-        """Trainable parameters in a fixed order."""
+        """Trainable parameters of the network in a fixed order, then those beside it."""
+        return [*self._own_parameters(), *self.extra.items()]
+
+    def _own_parameters(self) -> list[tuple[str, nn.Parameter]]:
         return [(n, p) for n, p in self.network.named_parameters() if p.requires_grad]
 
     def parameters(self) -> list[nn.Parameter]:

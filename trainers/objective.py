@@ -9,31 +9,35 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mmalign.config import from_dict
+from mmalign.protocols import Parameterisation
 from mmalign.registry import OBJECTIVES
+from mmalign.sampling import process
 from mmalign.types import Step
 
 Process = Literal["reverse", "forward"]
 
 # Needs that add no term of their own to the loss: where the advantage is 0, the loss is 0 too.
-NO_LOSS = frozenset({"values", "history", "old_mean"})
+NO_LOSS = frozenset({"values", "history", "noise", "old_mean"})
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One recorded step of ``b`` samples (objectives of the reverse process).
+    """Recorded steps, one of each of ``b`` samples (objectives of the reverse process).
 
     Attributes:
         log_prob: ``(b,)`` under the current weights, with gradient.
         old_log_prob: ``(b,)`` under the weights that sampled.
-        advantage: ``(b,)``.
+        advantage: ``(b,)``, or ``(b, K)`` where the objective makes ``K`` of them.
         step: the replayed transition (mean, std, clean estimate).
         velocity: ``(b, ...)`` the prediction behind it, with gradient.
         reference: the same transition under the reference model, no gradient; ``None`` unless the
             objective needs it.
         reference_velocity: likewise.
-        h: ``sigma - sigma_next`` of the step, a scalar tensor.
+        h: ``sigma - sigma_next`` of the steps, ``(b,)``, or a scalar where all are the same step.
         old_mean: ``(b, ...)`` mean of the transition under the policy that sampled; ``None``
             unless the objective needs it.
+        old_velocity: ``(b, ...)`` the prediction of that policy; likewise.
+        shift: ``(b, ...)`` what guidance added to the mean; ``None`` where nothing guided.
     """
 
     log_prob: Tensor
@@ -45,6 +49,8 @@ class StepBatch:
     reference_velocity: Tensor | None
     h: Tensor
     old_mean: Tensor | None = None
+    old_velocity: Tensor | None = None
+    shift: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -55,13 +61,16 @@ class ForwardBatch:
         clean: ``(b, ...)`` the latents that the rollout ended in.
         noise: ``(b, ...)`` standard normal.
         sigma: ``(b,)`` noise levels.
-        noised: ``(1 - sigma) clean + sigma noise``.
-        velocity: ``(b, ...)`` prediction at ``noised``, with gradient.
+        noised: ``(b, ...)`` the state at ``sigma``, by the process of the parameterisation.
+        velocity: ``(b, ...)`` prediction at ``noised``, with gradient: a velocity, or whatever the
+            parameterisation says.
         advantage: ``(b,)``, or what the objective's ``weights`` made of it.
         others: the prediction under each version of the weights that the objective needs:
             ``reference``, and the names of its ``copies``. No gradient.
         pooled: ``(b, K)`` fp64, the mean of the objective's ``statistic`` over each sample's group,
             on all processes; ``None`` for objectives without one.
+        parameterisation: what predictions are; see :mod:`mmalign.sampling.process`.
+        maps: ``(b, 1, h, w)`` weight of each place, for objectives that make maps of regions.
     """
 
     clean: Tensor
@@ -72,11 +81,18 @@ class ForwardBatch:
     advantage: Tensor
     others: Mapping[str, Tensor]
     pooled: Tensor | None = None
+    parameterisation: Parameterisation = "flow"
+    maps: Tensor | None = None
 
     @property
     def target(self) -> Tensor:
-        """The velocity of the straight path through this draw: ``noise - clean``."""
-        return self.noise - self.clean
+        """What the network should have predicted; for flow models ``noise - clean``."""
+        return process.target(self.parameterisation, self.clean, self.noise, self.sigma)
+
+    def estimate(self, prediction: Tensor) -> Tensor:
+        """The clean latents that a prediction at ``noised`` stands for, in its precision."""
+        noised = self.noised.to(prediction.dtype)
+        return process.split(self.parameterisation, noised, self.sigma, prediction)[0]
 
     @property
     def level(self) -> Tensor:

@@ -26,18 +26,28 @@ class ScaledAdamW(torch.optim.AdamW):
                 group["lr"] = rate
 
 
-def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW, or Muon for the blocks' matrices with Adam for the rest."""
+def build_optimizer(
+    model: TrainableModel, config: OptimConfig, extra_lr: float
+) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the blocks' matrices with Adam for the rest.
+
+    Parameters beside the network's (``model.extra``) get Adam at ``extra_lr``, without decay.
+    """
+    extra = list(model.extra.values())
+    own = [(n, p) for n, p in model.named_parameters() if n not in model.extra]
+    beside: list[dict[str, Any]] = []
+    if extra:
+        beside.append({"params": extra, "lr": extra_lr, "weight_decay": 0.0})
     if config.name == "adamw":
         return ScaledAdamW(
-            [{"params": model.parameters(), "scale": 1.0}],
+            [{**group, "scale": 1.0} for group in ({"params": [p for _, p in own]}, *beside)],
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
         )
     blocks: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in own:
         matrix = parameter.ndim == 2 and "blocks" in name and "norm" not in name
         (blocks if matrix else rest).append(parameter)
     groups: list[dict[str, Any]] = []
@@ -45,6 +55,7 @@ def build_optimizer(model: TrainableModel, config: OptimConfig) -> torch.optim.O
         groups.append({"params": blocks, "weight_decay": config.weight_decay})
     if rest:
         groups.append({"params": rest, "adam": True})
+    groups += [{**group, "adam": True, "adam_lr": group["lr"]} for group in beside]
     return Muon(groups, lr=config.lr, adam_lr=config.lr, betas=config.betas)
 
 

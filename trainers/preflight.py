@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmalign.sampling.rollout import replay
+from mmalign.sampling.replay import evaluate, recorded
 from mmalign.types import Rollout, Score
 from trainers.advantages import zero_spread_share
 from trainers.config import TrainConfig
 from trainers.loop import Trainer
-from trainers.update import TrainingError
+from trainers.pairs import Pairs
+from trainers.skips import TrainingError
 
 
 @dataclass(frozen=True)
@@ -57,21 +58,26 @@ def small(config: TrainConfig, prompts: int = 6, images: int = 4) -> TrainConfig
         config,
         prompts_per_step=min(prompts, config.prompts_per_step),
         images_per_prompt=min(images, config.images_per_prompt),
-        optim=replace(config.optim, updates_per_rollout=1, micro_batch=0),
+        optim=replace(config.optim, updates_per_rollout=1),
         advantage=replace(config.advantage, keep=0),
         rollout=replace(config.rollout, overlap=False),
     )
 
 
-def preflight(trainer: Trainer) -> Report:
-    """Check a trainer built from a :func:`small` recipe. Its weights are left as they were."""
+def preflight(trainer: Trainer, recipe: TrainConfig | None = None) -> Report:
+    """Check a trainer built from a :func:`small` recipe. Its weights are left as they were.
+
+    ``recipe`` is what it was made small from, whose batches the ratio is checked for; without, the
+    trainer's own.
+    """
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     try:
         rollout, _ = trainer.rollouts.sample(0)
         score, groups = trainer.rollouts.score(rollout)
+        rollout, score = trainer.rollouts.mapped(rollout, score)
         checks = [
             _finite(rollout),
-            *([_ratio(trainer, rollout)] if rollout.steps else []),
+            *([_ratio(trainer, rollout, recipe or trainer.config)] if rollout.steps else []),
             _scored(score),
             *_spread(score, groups),
             _gradient(trainer, rollout),
@@ -94,15 +100,22 @@ def _finite(rollout: Rollout) -> Check:
     return Check("rollout is finite", ok, detail)
 
 
-@torch.no_grad()
-def _ratio(trainer: Trainer, rollout: Rollout) -> Check:
+def _ratio(trainer: Trainer, rollout: Rollout, recipe: TrainConfig) -> Check:
+    """Replay as the update does, gradient and all, in micro-batches sized as in the recipe.
+
+    Where those are not of the rollout's size, neither are these, in the same proportion.
+    """
+    update, sampled = trainer.update, min(recipe.rollout.batch_size, recipe.batch)
+    updated = update.size(recipe.batch // recipe.optim.updates_per_rollout)
+    size = min(updated, max(1, min(sampled, len(rollout)) * updated // sampled))
+    ones = torch.ones(len(rollout), device=rollout.final.device)
+    pairs = Pairs.of(ones, ones > 0, len(rollout.steps), zeros=True)
     deviations = []
-    for index in range(len(rollout.steps)):
-        step, _ = replay(
-            trainer.policy, rollout, index, trainer.rollouts.kernel, dtype=trainer.dtype
-        )
+    for chunk in pairs.split(size):
+        given = recorded(rollout, chunk.passes, chunk.rows)
+        step, _ = evaluate(trainer.policy, given, update.kernel, dtype=trainer.dtype)
         assert step.log_prob is not None
-        deviations.append((step.log_prob - rollout.log_probs[:, index]).abs().max())
+        deviations.append((step.log_prob.detach() - given.log_prob).abs().max())
     worst = float(torch.stack(deviations).max())  # NaN, where there is one, unlike Python's max
     clip = float(getattr(trainer.update.objective, "clip_range", 1e-4))
     full = trainer.dtype in (None, torch.float32)
@@ -110,8 +123,9 @@ def _ratio(trainer: Trainer, rollout: Rollout) -> Check:
     detail = f"largest |log ratio| before any update {worst:.2e} (allowed {limit:.0e})"
     ok = worst <= limit
     if not ok:
+        batches = f"optim.micro_batch {sampled} as in the rollout, " if updated != sampled else ""
         detail += (
-            "; rollout and replay disagree, so clipping would act on rounding. Use "
+            f"; rollout and replay disagree, so clipping would act on rounding. Use {batches}"
             "model.precision fp32, or a wider objective.clip_range"
         )
     return Check("replay ratio is 1", ok, detail)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mmalign.config import ConfigError
 from mmalign.protocols import Policy, RewardModel
 from mmalign.sampling import Plan, collect
 from mmalign.sampling.conditioning import ConditioningCache
@@ -18,8 +19,11 @@ from trainers.credit import everywhere
 from trainers.data import PromptSource, Rows, recorded_steps, rows_of_step
 from trainers.model import TrainableModel
 from trainers.objective import process_of
-from trainers.update import TrainingError
+from trainers.skips import TrainingError
+from vision_rewards.factory import load_reward
+from vision_rewards.guard import GuardedReward
 from vision_rewards.prefetch import Prefetch
+from vision_rewards.regions import GuardedRegions, region_reward
 
 
 class Rollouts:
@@ -28,6 +32,9 @@ class Rollouts:
     Attributes:
         kernel: the stochastic kernel of the trajectories; calibration may replace it.
         version: optimiser updates so far, written into every rollout.
+        state_reward: scores the states on the way.
+        guide: moves the means of recorded steps, or ``None``.
+        regions: scores the places of pictures, for an objective that makes maps of them.
     """
 
     def __init__(
@@ -40,6 +47,15 @@ class Rollouts:
         self.prompts = PromptSource(config.prompts, config.seed)
         self.encode = ConditioningCache(policy)
         self.version = 0
+        self.state_reward = _state_reward(objective, reward, config)
+        guide = getattr(objective, "guide", None)
+        self.guide = None if guide is None else guide(self.state_reward, policy)
+        self.regions = _region_reward(objective, reward, config)
+        if self.guide is not None and config.rollout.overlap and self.state_reward is reward:
+            raise ConfigError(
+                "rollout.overlap scores pictures on a thread while the same reward guides the next "
+                "ones; set overlap to false, or objective.process_reward to a reward of its own"
+            )
 
     def sample(
         self, step: int, scorer: Prefetch | None = None, plan: Plan | None = None
@@ -86,7 +102,21 @@ class Rollouts:
             record=record,
             noisy=noisy,
             keep_means="old_mean" in self.objective.needs,
+            keep_velocities="velocities" in self.objective.needs,
+            guide=self.guide,
+            guided_density=getattr(self.objective, "guided_density", False),
         )
+
+    def metrics(self, rollout: Rollout) -> dict[str, float]:
+        """What guidance took and reached: pictures scored, and the share of states it moved."""
+        if rollout.shifts is None:
+            return {}
+        moved = rollout.shifts.flatten(2).abs().sum(2) > 0
+        return {
+            "guide/pictures": float(everywhere_sum(self.accelerator, rollout.guide_pictures)),
+            "guide/moved": everywhere_sum(self.accelerator, int(moved.sum()))
+            / max(everywhere_sum(self.accelerator, moved.numel()), 1),
+        }
 
     @torch.no_grad()
     def score(self, rollout: Rollout, scorer: Prefetch | None = None) -> tuple[Score, Tensor]:
@@ -112,6 +142,22 @@ class Rollouts:
             score = scorer.results()
         return replace(score, notes=())
 
+    @torch.no_grad()
+    def mapped(self, rollout: Rollout, score: Score) -> tuple[Rollout, Score]:
+        """The rollout with its reward maps, where the objective makes any of region scores.
+
+        Samples without region scores are unscored from here on, on all processes.
+        """
+        if self.regions is None:
+            return rollout, score
+        media, judge = rollout.media, self.regions
+        assert media is not None
+        found = everywhere(self.accelerator, lambda: judge.regions(media, rollout.prompts))
+        own = found[self.accelerator.process_index]
+        maps = self.objective.maps(own, media.data.shape[-2:], rollout.final.shape[-2:])
+        valid = score.valid & torch.cat([f.valid.cpu() for f in found]).to(score.valid.device)
+        return replace(rollout, maps=maps.to(rollout.final)), replace(score, valid=valid)
+
     def values(
         self, rollout: Rollout, score: Score, plan: Plan, steps: int
     ) -> tuple[Tensor, Tensor, int]:
@@ -120,11 +166,12 @@ class Rollouts:
         Returns:
             Values and validity of all samples over all processes, ``(B, S + 1)``, and evaluations.
         """
-        final = credit.ends_clean(plan, rollout)  # the last state leads to the picture itself
+        # The last state may lead to the picture itself, which the recipe's reward has scored.
+        final = credit.ends_clean(plan, rollout) and self.state_reward is self.reward
         shares = everywhere(
             self.accelerator,
             lambda: credit.score_states(
-                self.policy, self.reward, rollout, range(len(rollout.steps) + (not final)),
+                self.policy, self.state_reward, rollout, range(len(rollout.steps) + (not final)),
                 steps=steps, batch_size=self.config.rollout.batch_size, dtype=self.dtype,
             ),
         )  # fmt: skip
@@ -135,6 +182,25 @@ class Rollouts:
             values = torch.cat([values, score.value[:, None]], 1)
             valid = torch.cat([valid, score.valid[:, None]], 1)
         return values, valid, sum(s[2] for s in shares)
+
+
+def _state_reward(objective: Any, reward: RewardModel, config: TrainConfig) -> RewardModel:
+    """Who scores states on the way: the objective's own process reward, or the recipe's."""
+    spec = getattr(objective, "process_reward", None)
+    if not spec:
+        return reward
+    return GuardedReward(load_reward(spec), max_failed_share=config.max_failed_share)
+
+
+def _region_reward(objective: Any, reward: Any, config: TrainConfig) -> GuardedRegions | None:
+    """Who scores regions: the objective's own reward, or the recipe's."""
+    if not hasattr(objective, "region_reward"):
+        return None
+    try:
+        able = region_reward(load_reward(objective.region_reward or reward))
+    except ValueError as error:
+        raise ConfigError(f"objective.region_reward: {error}") from error
+    return GuardedRegions(able, max_failed_share=config.max_failed_share)
 
 
 def everywhere_sum(accelerator: Any, value: int) -> int:

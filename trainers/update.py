@@ -9,7 +9,7 @@ spread over processes.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,15 +18,13 @@ from torch import Tensor
 from mmalign.protocols import Kernel, Policy
 from mmalign.runtime.log import say
 from mmalign.sampling.generate import evaluations
-from mmalign.sampling.rollout import replay
+from mmalign.sampling.replay import evaluate, recorded
 from mmalign.types import Rollout, Step
 from trainers.forward import Noising, group_means
 from trainers.model import TrainableModel
-from trainers.objective import NO_LOSS, StepBatch
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; what was computed so far is in the last checkpoint."""
+from trainers.objective import NO_LOSS, ForwardBatch, StepBatch
+from trainers.pairs import Pairs
+from trainers.skips import SkipRule, TrainingError
 
 
 @dataclass
@@ -52,8 +50,9 @@ class Updater:
     """Owns the optimiser step; generic over the objective.
 
     Args:
-        micro_batch: rows per forward pass; 0 starts with 64 and, on a GPU, halves it whenever
-            memory runs out.
+        micro_batch: pairs of a sample and a step (or draw) per forward pass; 0 starts with 64 and,
+            on a GPU, halves it whenever memory runs out.
+        skips: decides which updates are made.
         forward: how latents are noised, for an objective of the forward process.
     """
 
@@ -69,8 +68,10 @@ class Updater:
         micro_batch: int,
         grad_clip: float,
         dtype: torch.dtype | None,
+        skips: SkipRule,
         forward: Noising | None = None,
     ) -> None:
+        self.skips = skips
         self.policy, self.model, self.objective, self.kernel = policy, model, objective, kernel
         self.optimizer, self.accelerator = optimizer, accelerator
         self.grad_clip, self.dtype, self.forward = grad_clip, dtype, forward
@@ -85,7 +86,8 @@ class Updater:
 
         Args:
             rollout: this process's samples of the update.
-            advantages: ``(b,)``, or ``(b, S)`` with one for each recorded step or draw;
+            advantages: ``(b,)``, or ``(b, S)`` with one for each recorded step or draw, or
+                ``(b, S, K)`` where the objective makes ``K`` of them;
                 ``keep``: ``(b,)`` bool, the samples to train on.
             count: samples of the update over all processes, the mean's denominator.
 
@@ -93,12 +95,16 @@ class Updater:
             Metrics of the local samples and the gradient norm before clipping.
 
         Raises:
-            TrainingError: the loss or the gradient is not finite; no weight was changed.
+            TrainingError: too many updates were skipped; see :mod:`trainers.skips`.
         """
+        cause = ""
         while True:
             self.optimizer.zero_grad(set_to_none=True)
             try:
                 totals = self._accumulate(rollout, advantages, keep, count)
+                break
+            except TrainingError as error:
+                totals, cause = Totals(), str(error)
                 break
             except torch.OutOfMemoryError:
                 if not self.automatic or self.micro_batch == 1 or self._shared_statistic():
@@ -106,7 +112,7 @@ class Updater:
                 self.micro_batch //= 2
                 torch.cuda.empty_cache()
                 say(f"out of GPU memory: micro-batch is now {self.micro_batch}")
-        norm = self._step()
+        norm = self._step(cause)
         return totals, norm
 
     def prepare(
@@ -115,94 +121,105 @@ class Updater:
         """Advantages and kept samples as the objective wants them, of a whole rollout.
 
         An objective of the forward process may turn advantages into weights by a method
-        ``weights(advantages, groups, valid)``; it never trains on an unscored sample, whose
-        advantage of 0 would not be nothing there.
+        ``weights(advantages, groups, valid)``. No objective trains on an unscored sample: as one
+        of advantage 0 it would count in the mean over samples.
         """
-        if self.forward is None:
-            return advantages, keep
         weights = getattr(self.objective, "weights", None)
-        if weights is not None:
+        if self.forward is not None and weights is not None:
             advantages = weights(advantages, groups, valid)
         return advantages, keep & valid
 
     def _accumulate(self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: int) -> Totals:
-        totals = Totals()
-        passes = len(rollout.steps) if self.forward is None else self.forward.draws
+        totals, rollout = Totals(), replace(rollout, media=None)
         self.policy.denoiser.eval()  # dropout would break the ratio
-        for index in range(passes):
-            advantage = advantages if advantages.ndim == 1 else advantages[:, index]
-            rows = self._rows(advantage, keep)
-            pooled = self._pooled(rollout, advantage, rows, index)
-            for at, chunk in enumerate(rows.split(self.micro_batch) if len(rows) else ()):
-                part = None if pooled is None else pooled.split(self.micro_batch)[at]
-                loss, metrics = self._loss(rollout[chunk], advantage[chunk], index, part)
-                value = loss.sum() / (count * passes)
-                if not torch.isfinite(value):
-                    raise TrainingError(
-                        f"the loss is {value.item()} at {self._place(rollout, index)}; no weight "
-                        "was changed. Lower optim.lr, raise objective.kl_beta, or use "
-                        "model.precision fp32"
-                    )
-                value.backward()
-                self._add(totals, metrics, rollout, index)
+        for pairs in self.batches(rollout, advantages, keep):
+            loss, metrics = self._loss(rollout, pairs)
+            value = loss.sum() / (count * self._passes(rollout))
+            if not torch.isfinite(value):
+                broken = pairs.passes[~torch.isfinite(loss.detach()).cpu()]
+                where = self._place(rollout, broken if len(broken) else pairs.passes)
+                raise TrainingError(f"the loss is {value.item()} at {where}")
+            value.backward()
+            self._add(totals, metrics, rollout, pairs)
         return totals
 
-    def _rows(self, advantage: Tensor, keep: Tensor) -> Tensor:
-        # Without a KL a zero advantage has no gradient: such rows cost a pass and teach nothing.
-        trained = keep if self.objective.needs - NO_LOSS else keep & (advantage != 0)
-        return torch.nonzero(trained).flatten().cpu()
+    def batches(self, rollout: Rollout, advantages: Tensor, keep: Tensor) -> list[Pairs]:
+        """The micro-batches of an update; arguments as of the update itself.
 
-    def _place(self, rollout: Rollout, index: int) -> str:
-        return f"denoising step {rollout.steps[index]}" if self.forward is None else f"draw {index}"
+        They are filled across steps, so that few samples fill a device too.
+        """
+        # Without a KL a zero advantage has no gradient: such pairs cost a pass and teach nothing.
+        zeros = bool(self.objective.needs - NO_LOSS)
+        pairs = Pairs.of(advantages, keep, self._passes(rollout), zeros)
+        return self._pooled(rollout, pairs).split(self.size(len(rollout)))
+
+    def _passes(self, rollout: Rollout) -> int:
+        return len(rollout.steps) if self.forward is None else self.forward.draws
+
+    def size(self, samples: int) -> int:
+        """Pairs of a micro-batch, for an update on so many samples of this process."""
+        rounded = self.dtype not in (None, torch.float32)
+        if self.automatic and rounded and self.forward is None:
+            # In reduced precision results depend on the size of the batch: one that is larger than
+            # the rollout's would give ratios that are not 1.
+            return max(1, min(self.micro_batch, samples))
+        return self.micro_batch
+
+    def _place(self, rollout: Rollout, passes: Tensor) -> str:
+        at = passes.unique().tolist()
+        kind = "draw" if self.forward is not None else "denoising step"
+        return f"{kind} {', '.join(str(i if self.forward else rollout.steps[i]) for i in at)}"
 
     def _add(
-        self, totals: Totals, metrics: dict[str, Tensor], rollout: Rollout, index: int
+        self, totals: Totals, metrics: dict[str, Tensor], rollout: Rollout, pairs: Pairs
     ) -> None:
         """Account under the denoising step, or under the quarter that the noise level lies in."""
         if self.forward is None:
-            totals.add(metrics, str(rollout.steps[index]))
-            return
-        quarters = (metrics.pop("sigma") * 4).long().clamp_max(3)
-        for quarter in quarters.unique().tolist():
-            at = quarters == quarter
-            totals.add({n: v[at] for n, v in metrics.items()}, f"sigma_{quarter / 4:.2f}")
+            kinds, names = pairs.passes, [str(k) for k in rollout.steps]
+        else:
+            kinds = (metrics.pop("sigma") * 4).long().clamp_max(3)
+            names = [f"sigma_{quarter / 4:.2f}" for quarter in range(4)]
+        for kind in kinds.unique().tolist():
+            at = kinds == kind
+            totals.add({n: v[at] for n, v in metrics.items()}, names[kind])
 
     # -- the reverse process -------------------------------------------------------------------
 
-    def _loss(
-        self, rollout: Rollout, advantages: Tensor, index: int, pooled: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, rollout: Rollout, pairs: Pairs) -> tuple[Tensor, dict[str, Tensor]]:
         if self.forward is not None:
-            batch, spent = self.forward.batch(rollout, advantages, index, pooled)
+            batch, spent = self._noised(rollout, pairs)
             self.nfe += spent
             loss, metrics = self.objective.loss(batch)
             return loss, {**metrics, "loss": loss.detach(), "sigma": batch.sigma}
-        loss, metrics = self.objective.loss(self._replayed(rollout, advantages, index))
+        loss, metrics = self.objective.loss(self.replayed(rollout, pairs))
         passes = 2 if "reference" in self.objective.needs else 1
-        self.nfe += passes * evaluations(len(rollout), rollout.guidance_scale, rollout.conditioning)
+        self.nfe += passes * evaluations(len(pairs), rollout.guidance_scale, rollout.conditioning)
         return loss, {**metrics, "loss": loss.detach()}
 
-    def _replayed(self, rollout: Rollout, advantages: Tensor, index: int) -> StepBatch:
+    def replayed(self, rollout: Rollout, pairs: Pairs) -> StepBatch:
+        """Recorded steps as an objective of the reverse process sees them."""
+        given = recorded(rollout, pairs.passes, pairs.rows)
         reference: Step | None = None
         reference_velocity: Tensor | None = None
         if "reference" in self.objective.needs:
             with torch.no_grad(), self.model.reference():
-                reference, reference_velocity = replay(
-                    self.policy, rollout, index, self.kernel, dtype=self.dtype
+                reference, reference_velocity = evaluate(
+                    self.policy, given, self.kernel, dtype=self.dtype
                 )
-        step, velocity = replay(self.policy, rollout, index, self.kernel, dtype=self.dtype)
+        step, velocity = evaluate(self.policy, given, self.kernel, dtype=self.dtype)
         assert step.log_prob is not None
-        k = rollout.steps[index]
         return StepBatch(
             log_prob=step.log_prob,
-            old_log_prob=rollout.log_probs[:, index],
-            advantage=advantages,
+            old_log_prob=given.log_prob,
+            advantage=pairs.advantage,
             step=step,
             velocity=velocity,
             reference=reference,
             reference_velocity=reference_velocity,
-            h=rollout.sigmas[k] - rollout.sigmas[k + 1],
-            old_mean=None if rollout.means is None else rollout.means[:, index],
+            h=(given.sigma - given.sigma_next).float().to(given.x.device),
+            old_mean=given.mean,
+            old_velocity=given.velocity,
+            shift=given.shift,
         )
 
     # -- the forward process -------------------------------------------------------------------
@@ -211,41 +228,49 @@ class Updater:
         """Whether processes wait for each other within an update, so that none may start over."""
         return hasattr(self.objective, "statistic") and self.accelerator.num_processes > 1
 
+    def _noised(self, rollout: Rollout, pairs: Pairs) -> tuple[ForwardBatch, int]:
+        assert self.forward is not None
+        own = rollout[pairs.rows]
+        return self.forward.batch(own, pairs.advantage, pairs.passes, pairs.pooled, pairs.others)
+
     @torch.no_grad()
-    def _pooled(
-        self, rollout: Rollout, advantage: Tensor, rows: Tensor, index: int
-    ) -> Tensor | None:
-        """Group means of the objective's ``statistic`` for ``rows``, from a pass of its own."""
+    def _pooled(self, rollout: Rollout, pairs: Pairs) -> Pairs:
+        """The pairs with group means of the objective's ``statistic``, from passes of their own."""
         if self.forward is None or not hasattr(self.objective, "statistic"):
-            return None
-        parts = [torch.zeros(0, 1, device=advantage.device)]
-        for chunk in rows.split(self.micro_batch) if len(rows) else ():
-            batch, spent = self.forward.batch(rollout[chunk], advantage[chunk], index)
+            return pairs
+        parts, known = [], defaultdict(list)
+        for chunk in pairs.split(self.size(len(rollout))):
+            batch, spent = self._noised(rollout, chunk)
             self.nfe += spent
             parts.append(self.objective.statistic(batch))
-        values = torch.cat(parts[1:] or parts)
-        return group_means(values, rollout.groups[rows], self.accelerator)
+            for name, prediction in batch.others.items():  # the loss need not ask for them again
+                known[name].append(prediction)
+        others = {name: torch.cat(predictions) for name, predictions in known.items()}
+        values = torch.cat(parts or [torch.zeros(0, 1, device=pairs.advantage.device)])
+        # A group is compared within each of its draws.
+        groups = rollout.groups.cpu()[pairs.rows] * self._passes(rollout) + pairs.passes
+        pooled = group_means(values, groups, self.accelerator)
+        return replace(pairs, pooled=pooled, others=others)
 
     # -- the step ------------------------------------------------------------------------------
 
-    def _step(self) -> float:
+    def _step(self, cause: str = "") -> float:
         parameters = self.model.parameters()
         # Without a gradient an optimiser skips a parameter, momentum and decay included. Zeros
         # make that the same on any number of processes, where somebody else may have had rows.
         for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
+        if cause and parameters[0].grad is not None:
+            # What is wrong on one process must be seen on all: it makes their common norm NaN.
+            parameters[0].grad.fill_(torch.nan)
         if self.accelerator.num_processes > 1:
             self._sum_gradients(parameters)
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if norm != norm or norm == float("inf"):
-            raise TrainingError(
-                f"the gradient norm is {norm}; no weight was changed. Lower optim.lr or use "
-                "model.precision fp32"
-            )
-        self.optimizer.step()
-        self.model.moved()
+        if self.skips(norm, cause):
+            self.optimizer.step()
+            self.model.moved()
         return norm
 
     def _sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:

@@ -110,15 +110,20 @@ class PixelReward:
         pixels, finite = shared("clean", media.data, lambda: clean_pixels(media))
         if not self.info.differentiable:
             pixels = pixels.detach()
-        target = self._device or device
-        for network in self.networks():
-            if next(network.parameters()).device != target:
-                network.to(target)
+        target = self.placed(device)
         pixels = shared(("pixels", target), pixels, lambda: pixels.to(target))
         # A training loop's autocast must not change scores.
         with torch.autocast(target.type, enabled=False):
             reading = self.read(pixels, prompts, context or [{}] * len(media))
         return self._record(reading, finite, device)
+
+    def placed(self, device: torch.device) -> torch.device:
+        """Where the networks are now: where they were asked to be, else on ``device``."""
+        target = self._device or device
+        for network in self.networks():
+            if next(network.parameters()).device != target:
+                network.to(target)
+        return target
 
     def _record(self, reading: Reading, finite: Tensor, device: torch.device) -> Score:
         value = reading.value.float().to(device)

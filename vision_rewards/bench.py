@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,14 @@ from mmalign.runtime.device import pick_device, pick_dtype
 from mmalign.runtime.log import say
 from mmalign.runtime.measure import Memory, count_flops, cpu_threads, matmul_ceiling, spread, timed
 from mmalign.runtime.versions import environment
-from mmalign.types import Media
+from mmalign.types import Media, Score
 from vision_rewards.factory import load_reward
 
-PROMPT = "a photo of a red star"  # inside the shapes world's grammar, so that every reward judges
+# Every reward has to judge what it is timed on: the prompt is inside the shapes world's grammar,
+# text recognition finds the words to look for, and the detector a class, in the facts.
+PROMPT = "a photo of a red star"
+FACTS = {"text": "star", "geneval": {"tag": "single_object", "include": [{"class": "person"}]}}
+PICTURES = ("reference", "opponent", "source")  # facts that are pictures, where they are needed
 
 
 def bench_rewards(
@@ -40,12 +44,14 @@ def bench_rewards(
             precision is an option of the reward.
 
     Returns:
-        ``rewards``: for each, ``identity`` and ``batches`` with seconds, images a second, TFLOP/s
-        of its networks and their share of the ceiling, peak memory; ``matmul``; ``settings``;
+        ``rewards``: for each, ``identity``, ``gflop_per_image`` (``gflop_per_call`` besides, for
+        the one prompt of a call) and ``batches`` with seconds, images a second, TFLOP/s of its
+        networks and their share of the ceiling, peak memory; ``matmul``; ``settings``;
         ``environment``. On a CPU memory is the peak of the whole process, which only grows.
 
     Raises:
-        ConfigError: a batch size, size or number of repeats below 1.
+        ConfigError: a batch size, size or number of repeats below 1, or a reward that leaves every
+            picture unscored: its rate would be that of doing nothing.
     """
     for name, value in (("size", size), ("repeats", repeats), *(("batch", b) for b in batch_sizes)):
         if value < 1:
@@ -71,13 +77,15 @@ def _measure(
 ) -> dict[str, Any]:  # fmt: skip
     reward = load_reward(spec)
     memory, batches = Memory(device), []
-    one = _media(1, size, device)
-    flops = count_flops(lambda: _score(reward, one))
+    one, two = (_call(reward, count, size, device) for count in (1, 2))
+    _check_scored(reward, two)  # two: a reward that compares needs company
+    per_call, flops = _flops(one, two)
     for count in batch_sizes:
+        call = _call(reward, count, size, device)
         memory.reset()
-        seconds = timed(_call(reward, _media(count, size, device)), repeats, device)
+        seconds = timed(call, repeats, device)
         rate = spread([count / s for s in seconds])
-        tflops = rate["median"] * flops / 1e12
+        tflops = rate["median"] * (flops + per_call / count) / 1e12
         batches.append(
             {
                 "batch_size": count,
@@ -92,8 +100,25 @@ def _measure(
     kind = memory.kind
     return {
         "reward": reward.info.name, "identity": reward.identity, "gflop_per_image": flops / 1e9,
-        "memory": kind, "batches": batches,
+        "gflop_per_call": per_call / 1e9, "memory": kind, "batches": batches,
     }  # fmt: skip
+
+
+def _flops(one: Callable[[], Score], two: Callable[[], Score]) -> tuple[int, int]:
+    """What a call costs whatever its size, and what each picture adds to it."""
+    first, second = count_flops(one), count_flops(two)
+    each = min(max(second - first, 0), first)
+    return first - each, each
+
+
+def _check_scored(reward: RewardModel, call: Callable[[], Score]) -> None:
+    score = call()
+    if not bool(score.valid.any()):
+        said = score.notes[0] if score.notes else "it gives no reason"
+        raise ConfigError(
+            f"reward {reward.info.name!r} does not score the picture and prompt of the benchmark "
+            f"({PROMPT!r}): {said}. Its rate would be that of doing nothing"
+        )
 
 
 def _media(count: int, size: int, device: torch.device) -> Media:
@@ -104,13 +129,10 @@ def _media(count: int, size: int, device: torch.device) -> Media:
     return Media(noise.to(device))
 
 
-def _call(reward: RewardModel, media: Media) -> Any:
-    return lambda: _score(reward, media)
-
-
-def _score(reward: RewardModel, media: Media) -> None:
-    known = [{"reference": media.to_pil()[0], "opponent": media.to_pil()[0]}] * len(media)
-    needs = set(reward.info.needs) - {"prompt"}
-    context = [{n: facts[n] for n in needs} for facts in known] if needs else None
+def _call(reward: RewardModel, count: int, size: int, device: torch.device) -> Callable[[], Score]:
+    """One call of the reward on pictures and facts that are made beforehand, not timed."""
+    media = _media(count, size, device)
+    needed = [name for name in PICTURES if name in reward.info.needs]
+    facts = {**FACTS, **dict.fromkeys(needed, media[:1].to_pil()[0])}
     # One prompt for all: text is encoded once, as in training, where prompts are few.
-    reward.score(media, [PROMPT] * len(media), context)
+    return lambda: reward.score(media, [PROMPT] * count, [facts] * count)

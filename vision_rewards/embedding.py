@@ -173,9 +173,13 @@ def assemble(towers: Towers, dtype: torch.dtype = torch.float32) -> Embedder:
 
 
 def _joined(new: Embedder) -> Embedder:
-    """Replace the image tower by an equal one already in memory: one network, one forward."""
+    """Replace the image tower by an equal one already in memory: one network, one forward.
+
+    Equal weights are not enough: activations are no weights, and are told by the description.
+    """
     for old in _EMBEDDERS.values():
-        if old.image_digest == new.image_digest:
+        same = old.image_digest == new.image_digest
+        if same and repr(old.image_tower) == repr(new.image_tower):
             new.image_tower = old.image_tower
             break
     return new

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -81,7 +83,7 @@ def _from_name(name: Any, options: Mapping[str, Any]) -> RewardModel:
         return _from_object(name, repr(name), RewardModel)
     if name.startswith("remote:"):
         return _made("vision_rewards.serving.client:RemoteReward", name, options, name[7:])
-    if (Path(name) / "reward.json").is_file():
+    if _is_file(Path(name) / "reward.json"):
         return _made("vision_rewards.training.trained:load_trained", name, options, name)
     bare, checkpoint = split_checkpoint(name)
     if bare in REWARDS:
@@ -90,7 +92,7 @@ def _from_name(name: Any, options: Mapping[str, Any]) -> RewardModel:
     where, _, attribute = name.rpartition(":")
     if not where:
         REWARDS.load(bare)  # raises, with the nearest names
-    module = _from_file(Path(where)) if where.endswith(".py") else importlib.import_module(where)
+    module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where, name)
     if not hasattr(module, attribute):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
         raise unknown(f"reward in {where!r}", attribute, public)
@@ -114,14 +116,43 @@ def _accepted(maker: Any, said: str, options: Mapping[str, Any]) -> Mapping[str,
     return options
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False
+
+
+def _from_package(module: str, said: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and misses something itself
+        raise FileNotFoundError(
+            f"reward {said!r}: there is no module {module!r}; give 'path/to/file.py:name', an "
+            "importable 'package.module:name', or a name of 'mmalign list rewards'"
+        ) from error
+
+
 def _from_file(path: Path) -> Any:
     path = path.expanduser().resolve()
     if not path.is_file():
         raise FileNotFoundError(f"reward file {str(path)!r} does not exist")
-    spec = importlib.util.spec_from_file_location(f"_user_reward_{path.stem}", path)
+    name = f"_user_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # true of every path that ends in .py
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    # Known by its name while it runs, as any module: dataclasses and pickle look it up.
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        sys.modules.pop(name)
+        if before is not None:
+            sys.modules[name] = before
+        raise
     return module
 
 

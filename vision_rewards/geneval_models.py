@@ -14,7 +14,7 @@ from mmalign.types import Media
 from vision_rewards.embedding import load_embedder
 from vision_rewards.geneval_prompts import canonical
 from vision_rewards.geneval_rules import COLORS, Detection
-from vision_rewards.weights import digest
+from vision_rewards.weights import check_keys, digest
 
 MASKED = ("mask2former", "maskformer")  # model types that give a mask for each object
 GREY = 0x99 / 255  # painted around an object before its colour is told
@@ -37,7 +37,7 @@ class Detector:
 
     Raises:
         OSError: the checkpoint is not there and cannot be fetched.
-        ValueError: it is no object detector.
+        ValueError: it is no object detector, or lacks weights of one.
     """
 
     def __init__(self, checkpoint: str | Path, *, floor: float, batch_size: int = 8) -> None:
@@ -52,7 +52,9 @@ class Detector:
         kind = AutoConfig.from_pretrained(source).model_type
         self.masked = kind in MASKED
         load = AutoModelForUniversalSegmentation if self.masked else AutoModelForObjectDetection
-        self.model = load.from_pretrained(source, dtype=torch.float32).eval().requires_grad_(False)
+        model, report = load.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        _check_parameters(model, report, source)
+        self.model = model.eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(source)
         self.names = {int(k): canonical(v) for k, v in self.model.config.id2label.items()}
         self.classes = tuple(sorted({n for n in self.names.values() if n != "n/a"}))
@@ -99,6 +101,20 @@ class Detector:
             if one.score > self.floor:
                 found.setdefault(self.names[label], []).append(one)
         return found
+
+
+def _check_parameters(model: nn.Module, report: Mapping[str, Any], source: str) -> None:
+    """Refuse a network of which transformers drew a part at random.
+
+    Buffers may be missing (those of a training loss are), and what the network has no use for, an
+    index table of older releases, is left alone.
+    """
+    own = dict(model.named_parameters())
+    named = {
+        "missing": sorted(k for k in report["missing_keys"] if k in own),
+        "wrong shape": sorted(map(str, report.get("mismatched_keys", ()))),
+    }
+    check_keys(named, source)
 
 
 def instances(

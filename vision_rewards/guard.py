@@ -70,6 +70,11 @@ class GuardedReward:
         """The guarded reward where it is a composition."""
         return self.reward if isinstance(self.reward, Composition) else None
 
+    @property
+    def whole_batch(self) -> bool:
+        """Whether the guarded reward compares samples of different prompts with each other."""
+        return bool(getattr(self.reward, "whole_batch", False))
+
     def score(
         self,
         media: Media,

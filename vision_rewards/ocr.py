@@ -26,6 +26,7 @@ Mode = Literal["substring", "strict"]
 Fallback = Literal["unscored", "prompt"]
 _QUOTED = re.compile(r'"([^"]*)"|“([^”]*)”|„([^“”]*)[“”]|«([^»]*)»|「([^」]*)」')
 _ASPECT = 4  # longer pictures are padded to this aspect ratio
+_MOST = 180_000_000  # pixels of a padded picture; text of a longer strip could not be read anyway
 _SHOWN = 80  # characters of recognised text in a note
 
 
@@ -81,8 +82,15 @@ def _engine(threads: int) -> Any:
 
 
 def recognise(picture: np.ndarray) -> str:
-    """All text of an 8-bit RGB picture ``(H, W, 3)``, in reading order, joined by spaces."""
+    """All text of an 8-bit RGB picture ``(H, W, 3)``, in reading order, joined by spaces.
+
+    Raises:
+        ValueError: a strip so thin that the picture around it would not fit in memory.
+    """
     height, width = picture.shape[:2]
+    area = max(height, width) ** 2 // _ASPECT
+    if area > max(_MOST, height * width):
+        raise ValueError(f"{width} x {height} pixels are too thin: {area:,} with their margin")
     # The detector enlarges the shorter side: a strip would become a picture of huge length.
     below, right = max(0, width // _ASPECT - height), max(0, height // _ASPECT - width)
     padded = np.pad(picture, ((0, below), (0, right), (0, 0)), mode="edge")

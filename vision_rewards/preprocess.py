@@ -20,6 +20,9 @@ SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 Fit = Literal["shortest", "longest", "squash"]
+# With ``shortest``, longer pictures lose their ends first: fitted by its shorter side, a line of
+# 20,000 pixels would become a picture of 4.5 million, of which the crop keeps 224.
+MAX_ASPECT = 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +31,8 @@ class Preprocess:
 
     Attributes:
         size: side of the square that the network sees, in pixels.
-        fit: ``shortest`` resizes the shorter side to ``size`` and crops the centre (CLIP);
+        fit: ``shortest`` resizes the shorter side to ``size`` and crops the centre (CLIP; of
+            pictures longer than 16:1 the ends are cut off before);
             ``longest`` resizes the longer side and pads with black (HPSv2); ``squash`` ignores
             the aspect (SigLIP).
         mean, std: per channel, applied to pixels in [0, 1].
@@ -53,9 +57,11 @@ class Preprocess:
 
     def square(self, pixels: Tensor) -> Tensor:
         """Pixels resized and cropped or padded to the square, still in [0, 1]."""
-        height, width = pixels.shape[-2:]
         if self.fit == "squash":
             return self._resize(pixels, self.size, self.size)
+        if self.fit == "shortest":
+            pixels = _without_ends(pixels)
+        height, width = pixels.shape[-2:]
         pick = min if self.fit == "shortest" else max
         side_to = (self.resize or self.size) if self.fit == "shortest" else self.size
         scale = side_to / pick(height, width)
@@ -106,3 +112,14 @@ class Preprocess:
         height, width = pixels.shape[-2:]
         top, left = (self.size - height) // 2, (self.size - width) // 2
         return F.pad(pixels, (left, self.size - width - left, top, self.size - height - top))
+
+
+def _without_ends(pixels: Tensor) -> Tensor:
+    """The middle of pictures longer than :data:`MAX_ASPECT`; others as they are.
+
+    As many pixels go at one end as at the other, so that the centre stays where it was.
+    """
+    height, width = pixels.shape[-2:]
+    most = MAX_ASPECT * min(height, width)
+    top, left = (max(0, (side - most) // 2) for side in (height, width))
+    return pixels[..., top : height - top, left : width - left]

@@ -20,7 +20,7 @@ import torch
 from mmalign.protocols import RewardInfo
 from mmalign.shapes import COLORS, SHAPES, CaptionError, ObjectSpec, PromptSpec, parse
 from mmalign.shapes.scene import related
-from mmalign.types import Media, Score
+from mmalign.types import Media, Region, Regions, Score
 from vision_rewards import shapes_vision
 from vision_rewards.base import checked_call
 from vision_rewards.cards import info_of
@@ -71,10 +71,12 @@ def verify(images: np.ndarray, prompts: Sequence[str]) -> list[Verdict]:
     """
     if len(images) != len(prompts):
         raise ValueError(f"{len(prompts)} prompts for {len(images)} pictures")
-    views: list[View] = []
-    for start in range(0, len(images), CHUNK):
-        views += look(images[start : start + CHUNK])
-    return [_verdict(v, p) for v, p in zip(views, prompts, strict=True)]
+    return [_verdict(v, p) for v, p in zip(_views(images), prompts, strict=True)]
+
+
+def _views(images: np.ndarray) -> list[View]:
+    starts = range(0, len(images), CHUNK)
+    return [view for start in starts for view in look(images[start : start + CHUNK])]
 
 
 def _verdict(view: View, prompt: str) -> Verdict:
@@ -97,16 +99,22 @@ def judge(found: Sequence[Detection], spec: PromptSpec) -> Verdict:
     if not found:
         zero = dict.fromkeys(PARTS, 0.0)
         return Verdict(False, 0.0, zero, zero, "no objects found")
+    best = _best(found, spec)
+    strict = best.passes
+    credit = PASS_FLOOR + (1 - PASS_FLOOR) * best.total if strict else FAIL_CEILING * best.total
+    note = "" if strict else _explain(best, found, spec)
+    return Verdict(strict, credit, best.parts, best.graded, note)
+
+
+def _best(found: Sequence[Detection], spec: PromptSpec) -> _Matching:
+    """The matching that favours the picture most; something must have been found."""
     best: _Matching | None = None
     for chosen in _assignments(found, spec):
         matching = _Matching.of(chosen, len(found), spec)
         if best is None or matching.rank > best.rank:
             best = matching
     assert best is not None
-    strict = best.passes
-    credit = PASS_FLOOR + (1 - PASS_FLOOR) * best.total if strict else FAIL_CEILING * best.total
-    note = "" if strict else _explain(best, found, spec)
-    return Verdict(strict, credit, best.parts, best.graded, note)
+    return best
 
 
 def _assignments(
@@ -291,7 +299,37 @@ class _ShapesReward:
             self.identity,
         )
 
+    def regions(self, media: Media, prompts: Sequence[str]) -> Regions:
+        """Every object seen, with its box, and the picture as a whole; scores in [-1, 1].
+
+        An object that the prompt does not ask for, or not so often, is wrong. What is missing has
+        no box: it counts against the whole, as wrong positions do.
+
+        Raises:
+            ValueError: a call that could never work, as in :meth:`score`.
+        """
+        checked_call(self.info, media, prompts, None)
+        views = _views(_pixels(media))
+        verdicts = [_verdict(v, p) for v, p in zip(views, prompts, strict=True)]
+        rows = zip(views, prompts, verdicts, strict=True)
+        device = media.data.device
+        return Regions(
+            tuple(self._located(v.detections, parse(p)) if d.valid else () for v, p, d in rows),
+            torch.tensor([2 * self._read(d)[0] - 1 for d in verdicts], device=device),
+            torch.tensor([d.valid for d in verdicts], dtype=torch.bool, device=device),
+            tuple(d.note for d in verdicts),
+        )
+
+    def _located(self, found: Sequence[Detection], spec: PromptSpec) -> tuple[Region, ...]:
+        pairs = _best(found, spec).pairs if found else []
+        credits = {id(d): self._credit(wanted, d) for wanted, d in pairs if d is not None}
+        return tuple(Region(d.box, 2 * credits.get(id(d), 0.0) - 1, _name(d)) for d in found)
+
     def _read(self, verdict: Verdict) -> tuple[float, Mapping[str, float]]:
+        raise NotImplementedError
+
+    def _credit(self, wanted: ObjectSpec, d: Detection) -> float:
+        """How far an object is the wanted one, in [0, 1]."""
         raise NotImplementedError
 
 
@@ -303,6 +341,9 @@ class ShapesStrict(_ShapesReward):
     def _read(self, verdict: Verdict) -> tuple[float, Mapping[str, float]]:
         return (float(verdict.strict) if verdict.valid else math.nan), verdict.parts
 
+    def _credit(self, wanted: ObjectSpec, d: Detection) -> float:
+        return float(_fits(wanted, d))
+
 
 class ShapesPartial(_ShapesReward):
     """Graded credit in [0, 1]: at least 0.9 exactly where :class:`ShapesStrict` says 1."""
@@ -311,6 +352,9 @@ class ShapesPartial(_ShapesReward):
 
     def _read(self, verdict: Verdict) -> tuple[float, Mapping[str, float]]:
         return verdict.partial, verdict.graded
+
+    def _credit(self, wanted: ObjectSpec, d: Detection) -> float:
+        return _object_credit(wanted, d)[2]
 
 
 def _pixels(media: Media) -> np.ndarray:

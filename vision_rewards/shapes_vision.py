@@ -36,7 +36,8 @@ class Detection:
 
     ``shape`` / ``color`` are ``None`` where no template / palette entry is near enough.  ``x, y``
     are the centroid and ``area`` the area, as shares of the picture.  ``shape_iou`` holds the best
-    template overlap per shape, ``color_distance`` the RGB distance per palette colour.
+    template overlap per shape, ``color_distance`` the RGB distance per palette colour.  ``box`` is
+    left, top, right, bottom, as shares of width and height.
     """
 
     shape: str | None
@@ -47,6 +48,7 @@ class Detection:
     shape_iou: np.ndarray
     color_distance: np.ndarray
     uniform: float
+    box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,10 @@ def look(images: np.ndarray) -> list[View]:
         raise ValueError(f"images must be (B, H, W, 3), got shape {images.shape}")
     if not len(images):
         return []
+    height, width = images.shape[1:3]
+    if min(height, width) < _factor(height, width):
+        said = f"a picture of {width} x {height} pixels is too thin to show an object"
+        return [View((), said)] * len(images)
     known = np.isfinite(images)
     finite = known.reshape(len(images), -1).all(axis=1)
     pixels = _shrink(np.clip(images if finite.all() else np.where(known, images, 0.0), 0.0, 1.0))
@@ -95,8 +101,13 @@ def _chroma(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(highest - np.minimum(np.minimum(red, green), blue))
 
 
+def _factor(height: int, width: int) -> int:
+    """By how much a picture is shrunk before it is looked at."""
+    return -(-max(height, width) // MAX_SIDE)
+
+
 def _shrink(pixels: np.ndarray) -> np.ndarray:
-    factor = -(-max(pixels.shape[1:3]) // MAX_SIDE)
+    factor = _factor(*pixels.shape[1:3])
     if factor == 1:
         return pixels.astype(np.float32)
     h, w = (s // factor * factor for s in pixels.shape[1:3])
@@ -146,9 +157,15 @@ def _describe(
             shape_iou=ious[k],
             color_distance=distances[k],
             uniform=float(uniform[k]),
+            box=_box(boxes[k], height, width),
         )
         out.append((boxes[k][0].start, detection))
     return out
+
+
+def _box(found: tuple[slice, ...], height: int, width: int) -> tuple[float, float, float, float]:
+    _, rows, cols = found
+    return cols.start / width, rows.start / height, cols.stop / width, rows.stop / height
 
 
 def _centres(labels: np.ndarray, ids: np.ndarray) -> np.ndarray:

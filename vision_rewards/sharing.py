@@ -51,4 +51,5 @@ def shared(key: Hashable, source: Tensor | None, compute: Callable[[], T]) -> T:
 
 def _memory(t: Tensor) -> Hashable:
     graph = torch.is_grad_enabled() and t.requires_grad
-    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device, t._version, graph
+    version = None if t.is_inference() else t._version  # inference tensors count no versions
+    return t.data_ptr(), tuple(t.shape), t.stride(), t.dtype, t.device, version, graph

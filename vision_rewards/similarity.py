@@ -120,13 +120,14 @@ def _pictures(reference: Any) -> list[Tensor]:
     """Pictures ``(3, H, W)`` of one reference."""
     from PIL import Image
 
+    from mmalign.pictures import read_picture, to_rgb
     from mmalign.types import Media
 
+    # As the pictures that are scored are read: upright, transparent pixels over white.
     if isinstance(reference, (str, Path)):
-        with Image.open(reference) as opened:
-            return list(Media.from_pil([opened.convert("RGB")]).data)
+        return list(Media.from_pil([read_picture(reference)]).data)
     if isinstance(reference, Image.Image):
-        return list(Media.from_pil([reference]).data)
+        return list(Media.from_pil([to_rgb(reference)]).data)
     if not isinstance(reference, Tensor):
         raise TypeError(
             f"a reference must be a path, a PIL image or a tensor, got {type(reference).__name__}"

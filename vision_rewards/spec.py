@@ -28,7 +28,7 @@ def parse_spec(text: str) -> dict[str, float]:
         RewardSpecError: an empty or repeated name, or a weight that is not a number.
     """
     _, at, checkpoint = text.partition("@")
-    if text and (Path(text).exists() or (at and Path(checkpoint).exists())):
+    if text and (_exists(text) or (at and _exists(checkpoint))):
         return {text: 1.0}
     weights: dict[str, float] = {}
     for term in _PLUS.split(text) if _PLUS.search(text) else _COMMA.split(text):
@@ -52,12 +52,19 @@ def _term(term: str, text: str) -> tuple[str, float]:
     if weighted:
         return weighted[2].strip(), float(weighted[1])
     name, star, rest = term.partition("*")
-    if star and "/" not in name and not Path(term).exists():
+    if star and "/" not in name and not _exists(term):
         raise RewardSpecError(f"reward {text!r}: weight {name.strip()!r} of {rest!r} is no number")
     name, equals, weight = (part.strip() for part in term.partition("="))
-    if not equals or "://" in term or "@" in name or Path(term).exists():
+    if not equals or "://" in term or "@" in name or _exists(term):
         return term, 1.0
     try:
         return name, float(weight)
     except ValueError as error:
         raise RewardSpecError(f"reward {text!r}: weight {weight!r} is not a number") from error
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long, or characters that no name of a file holds
+        return False

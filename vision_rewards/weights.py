@@ -38,19 +38,26 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     A checkpoint of the form ``{"state_dict": {...}}`` gives the inner one.
 
     Raises:
-        ValueError: the file holds something else than named tensors.
+        ValueError: the file holds something else than named tensors, or is damaged.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return dict(load_file(path))
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, MemoryError):  # they say themselves what is wrong
+        raise
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and nothing else is read from a file of weights; "
             f"convert it to safetensors where it comes from. {str(error).splitlines()[0]}"
+        ) from error
+    except Exception as error:  # readers of damaged files raise nearly anything
+        raise ValueError(
+            f"{path} is no file of weights, or a damaged one of {path.stat().st_size:,} bytes; "
+            f"fetch it again. {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]

@@ -10,15 +10,23 @@ from mmalign.commands.common import CommandError, given, table
 
 _OPTIONS = (
     "device", "dtype", "batch_size", "images", "steps", "guidance_scale", "size", "repeats",
-    "adapter", "lora_rank", "kl_beta", "attention", "gradient_checkpointing", "threads", "out",
+    "adapter", "lora_rank", "kl_beta", "attention", "gradient_checkpointing", "compile", "threads",
+    "out",
 )  # fmt: skip
 
 
+_METHODS = ("methods", "seeds", "nfe", "table", "short", "jobs", "markdown")
 _REWARD_OPTIONS = ("device", "dtype", "size", "repeats", "threads")
 
 
 def run(args: Namespace) -> int:
     """Measure and print a table, or JSON; ``--out`` also writes the JSON."""
+    if args.what == "methods":
+        from mmalign.commands.bench_methods import run as compare
+
+        return compare(args)
+    if said := [n for n in _METHODS if getattr(args, n) not in (None, False)]:
+        raise CommandError(f"--{said[0]} belongs to: mmalign bench methods")
     from mmalign import api
 
     if args.policy is None:
@@ -28,6 +36,10 @@ def run(args: Namespace) -> int:
     options: dict[str, Any] = given(**{n: getattr(args, n) for n in _OPTIONS})
     if args.reward is not None:
         options["reward"] = "+".join(args.reward)
+    if args.objectives is not None:
+        from mmalign.commands.bench_objectives import run as compare_objectives
+
+        return compare_objectives(args, options)
     result = api.bench(args.policy, **options)
     print(json.dumps(result, indent=2) if args.json else summary(result))
     return 0
@@ -38,6 +50,8 @@ def _rewards(args: Namespace) -> int:
     from mmalign.runtime.files import atomic_write_json
     from vision_rewards.bench import bench_rewards
 
+    if args.objectives is not None:
+        raise CommandError("--objectives needs --policy, the generator to measure them on")
     if not args.reward:
         raise CommandError("give --policy, or --reward to measure rewards alone")
     options = given(**{n: getattr(args, n) for n in _REWARD_OPTIONS})

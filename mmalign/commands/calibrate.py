@@ -15,12 +15,13 @@ def run(args: Namespace) -> int:
     files = image_files([*args.pictures, *args.images])
     if not files:
         raise CommandError("give the reference pictures: files or folders")
-    prompts = None
+    prompts = None if args.prompt is None else [args.prompt] * len(files)
+    options = given(batch_size=args.batch_size, device=args.device)
     if args.prompts is not None:
-        prompts = [prompt for prompt, _ in captions(files, args.prompts)]
-    elif args.prompt is not None:
-        prompts = [args.prompt] * len(files)
-    options = given(batch_size=args.batch_size)
+        texts = captions(files, args.prompts)
+        prompts = [prompt for prompt, _ in texts]
+        if any(facts for _, facts in texts):
+            options["context"] = [facts for _, facts in texts]
     known = api.calibrate(files, prompts, args.reward, args.out, progress=True, **options)
     several = sum(len(values) > 1 for values in known.prompts.values())
     print(

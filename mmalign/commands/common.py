@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
@@ -45,7 +45,11 @@ def prompts_of(args: Namespace) -> list[str] | None:
 
 
 def image_files(paths: Sequence[str]) -> list[Path]:
-    """Files as given; the pictures of a folder in natural order (``2.png`` before ``10.png``).
+    """Files as given; the pictures in a folder and in the folders inside it.
+
+    Those of a folder come in natural order of their names below it (``2.png`` before ``10.png``,
+    ``a/9.png`` before ``b/1.png``), its own before those of inner folders. Folders and files whose
+    names begin with a dot are left out; links to folders are followed, each folder once.
 
     Raises:
         CommandError: a path that does not exist, or a folder without pictures.
@@ -53,10 +57,10 @@ def image_files(paths: Sequence[str]) -> list[Path]:
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = [p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+            found = list(_pictures_below(path, set()))
             if not found:
                 raise CommandError(f"folder {path} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
-            files += sorted(found, key=_natural)
+            files += found
         elif path.is_file():
             files.append(path)
         else:
@@ -64,9 +68,30 @@ def image_files(paths: Sequence[str]) -> list[Path]:
     return files
 
 
+def _pictures_below(folder: Path, seen: set[Path]) -> Iterator[Path]:
+    if (real := folder.resolve()) in seen:  # a link back to where we came from
+        return
+    seen.add(real)
+    inside = sorted((p for p in folder.iterdir() if not p.name.startswith(".")), key=_natural)
+    folders = dict.fromkeys(p for p in inside if p.is_dir())
+    yield from (p for p in inside if p.suffix.lower() in IMAGE_SUFFIXES and p not in folders)
+    for inner in folders:
+        yield from _pictures_below(inner, seen)
+
+
+def short_names(files: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """Names of ``files`` below the folders of ``given`` that they were found in, as ``a/1.png``."""
+    folders = [p for p in map(Path, given) if p.is_dir()]
+    names = []
+    for file in files:
+        inside = next((f for f in folders if file.is_relative_to(f)), file.parent)
+        names.append(file.relative_to(inside).as_posix())
+    return names
+
+
 def _natural(path: Path) -> list[tuple[int, str]]:
     parts = re.split(r"(\d+)", path.name)
-    return [(int(p), "") if p.isdigit() else (-1, p) for p in parts]
+    return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
 
 
 def given(**options: object) -> dict[str, object]:

@@ -47,12 +47,10 @@ def _options(pairs: Sequence[str], read: Any) -> Mapping[str, Any]:
 def _pictures(files: Sequence[Path], size: int | None) -> Any:
     from PIL import Image
 
+    from mmalign.pictures import read_picture
     from mmalign.types import Media
 
-    images = []
-    for file in files:
-        with Image.open(file) as image:
-            images.append(image.convert("RGB"))
+    images = [read_picture(file) for file in files]
     if size is not None:
         images = [image.resize((size, size), Image.Resampling.BICUBIC) for image in images]
     if len({image.size for image in images}) > 1:

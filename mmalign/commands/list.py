@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmalign import registry
@@ -41,13 +41,33 @@ KINDS: dict[str, Callable[[], Listing]] = {
 ALIASES = {"methods": "steerers", "steering": "steerers"}
 
 
+DIRECTION = "higher is better"  # of every reward; those that measure a fault are negated
+
+
 def _facts(info: Any) -> list[str]:
-    """What the table says of a reward besides its name and summary."""
+    """What the first table says of a reward besides its name and summary."""
     ends = ["-inf" if info.range[0] is None else f"{info.range[0]:g}"]
     ends.append("inf" if info.range[1] is None else f"{info.range[1]:g}")
-    size = f"{info.parameters * 4 / 1000:.2f} GB" if info.parameters else ""
-    gradient = "gradient" if info.differentiable else ""
-    return ["+".join(info.media), f"{ends[0]}..{ends[1]}", gradient, size]
+    gradient = "yes" if info.differentiable else ""
+    return ["+".join(info.media), f"{ends[0]}..{ends[1]}", gradient, memory_text(info)]
+
+
+def memory_text(info: Any) -> str:
+    """Memory of the weights of a :class:`~mmalign.reward_info.RewardInfo` in fp32 and in bf16."""
+    sizes = list(info.weight_bytes.values())
+    if not any(sizes):
+        return ""
+    unit, name = (1e9, "GB") if max(sizes) >= 1e8 else (1e6, "MB")
+    return f"{' / '.join(f'{size / unit:.3g}' for size in sizes)} {name}"
+
+
+def _origins(entries: Sequence[registry.Entry]) -> str:
+    """The second table: under which licence, with which weights, after which work."""
+    rows = []
+    for e in entries:
+        if e.info is not None:
+            rows.append([e.name, e.info.licence, e.info.checkpoint or "-", e.info.source])
+    return table(rows, ["rewards", "licence", "default checkpoint", "source"])
 
 
 def _rewards(json_too: bool, name: str | None) -> int:
@@ -60,23 +80,40 @@ def _rewards(json_too: bool, name: str | None) -> int:
     if json_too:
         print(json.dumps({"rewards": {e.name: _declared(e) for e in entries}}, indent=2))
     elif name is not None:
-        rows = [[k.replace("_", " "), v] for k, v in _declared(entries[0]).items() if v]
-        print(table([[k, _plain(v)] for k, v in rows], ["reward", name]))
+        print(table(_page(entries[0]), ["reward", name]))
     else:
-        head = ["rewards (higher is better)", "media", "range", "", "fp32", ""]
+        head = [f"rewards ({DIRECTION})", "media", "range", "gradient", "fp32 / bf16", ""]
         rows = [[e.name, *(_facts(e.info) if e.info else [""] * 4), e.summary] for e in entries]
-        print(table(rows, head))
-        print("\n'mmalign list rewards NAME' names source, licence and checkpoint.")
+        print(table(rows, head), _origins(entries), sep="\n\n")
+        print(
+            "\nMemory is that of the default checkpoint's weights; 'mmalign bench --reward NAME' "
+            "measures the peak.\n'mmalign list rewards NAME' shows one reward in full."
+        )
     return 0
 
 
 def _declared(entry: registry.Entry) -> dict[str, Any]:
     if entry.info is None:  # registered by somebody else, without a declaration
         return {"summary": entry.summary, "target": entry.target}
-    return {**dataclasses.asdict(entry.info), "target": entry.target}
+    facts = dataclasses.asdict(entry.info)
+    memory = entry.info.weight_bytes if entry.info.parameters else None
+    return {**facts, "direction": DIRECTION, "memory_bytes": memory, "target": entry.target}
+
+
+def _page(entry: registry.Entry) -> list[list[str]]:
+    """One reward in full, row by row."""
+    facts = _declared(entry)
+    if facts.pop("memory_bytes", None):
+        facts["memory"] = f"{memory_text(entry.info)} (weights in fp32 / bf16)"
+    count = facts.pop("parameters", 0)
+    if count:
+        facts["parameters"] = f"{count:g} million"
+    return [[k.replace("_", " "), _plain(v)] for k, v in facts.items() if v not in ("", None, ())]
 
 
 def _plain(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, (list, tuple)):
         return ", ".join("open" if v is None else str(v) for v in value)
     return str(value)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmalign.commands.common import CommandError, given, image_files, table
+from mmalign.commands.common import CommandError, given, image_files, short_names, table
 
 if TYPE_CHECKING:
     from mmalign.captions import Caption
@@ -30,7 +31,9 @@ def run(args: Namespace) -> int:
     from mmalign import api
 
     prompts = None if texts is None else [prompt for prompt, _ in texts]
-    options: dict[str, Any] = given(batch_size=args.batch_size, max_pixels=args.max_pixels)
+    options: dict[str, Any] = given(
+        batch_size=args.batch_size, max_pixels=args.max_pixels, device=args.device
+    )
     if texts is not None and any(facts for _, facts in texts):
         options["context"] = [facts for _, facts in texts]
     if out is not None:
@@ -44,7 +47,8 @@ def run(args: Namespace) -> int:
             say(f"finished scores are in {journal_of(out)}; the same command continues")
         raise
     records = _records(files, prompts, score)
-    print(_summary(records, score.identity))
+    names = zip(map(str, files), short_names(files, paths), strict=True)
+    print(_summary(records, score.identity, dict(names)))
     if out is not None:
         _write(out, records, score)
     return 0
@@ -104,8 +108,8 @@ def _records(files: Sequence[Path], prompts: list[str] | None, score: Score) -> 
             "prompt": prompts[i] if prompts else None,
             "value": value if valid else None,
             "valid": valid,
-            # A sub-score can be missing where the whole is not; NaN is not JSON.
-            "parts": {n: p[i] if p[i] == p[i] else None for n, p in parts.items()},
+            # A sub-score can be missing where the whole is not; NaN and infinity are not JSON.
+            "parts": {n: p[i] if math.isfinite(p[i]) else None for n, p in parts.items()},
             "note": score.notes[i] if score.notes else "",
             "reward": score.identity,
         }
@@ -113,17 +117,17 @@ def _records(files: Sequence[Path], prompts: list[str] | None, score: Score) -> 
     return records
 
 
-def _summary(records: Sequence[Record], identity: str) -> str:
+def _summary(records: Sequence[Record], identity: str, names: Mapping[str, str]) -> str:
     values = [r["value"] for r in records if r["valid"]]
     mean = f"mean {statistics.fmean(values):.4f} over {len(values)}" if values else "no score"
     last = f"{mean} of {len(records)} pictures; {len(records) - len(values)} unscored; {identity}"
     if len(records) <= WHOLE_TABLE:
-        return f"{_table(records)}\n{last}"
+        return f"{_table(records, names)}\n{last}"
     ranked = sorted((r for r in records if r["valid"]), key=lambda r: -r["value"])
     unscored = [r for r in records if not r["valid"]]
     blocks = [("highest", ranked[:ENDS]), ("lowest", ranked[ENDS:][-ENDS:])]
     blocks.append(("unscored", unscored[:ENDS]))
-    shown = [f"{title}\n{_table(rows)}" for title, rows in blocks if rows]
+    shown = [f"{title}\n{_table(rows, names)}" for title, rows in blocks if rows]
     return "\n\n".join([*shown, *([_spread(records)] if values else []), last])
 
 
@@ -145,16 +149,16 @@ def _spread(records: Sequence[Record]) -> str:
     return table(rows, header)
 
 
-def _table(records: Sequence[Record]) -> str:
-    names = list(records[0]["parts"])
+def _table(records: Sequence[Record], names: Mapping[str, str]) -> str:
+    parts = list(records[0]["parts"])
     rows = [
         [
-            Path(r["image"]).name,
+            names[r["image"]],
             r["value"] if r["valid"] else "unscored",
-            *(r["parts"][n] for n in names),
+            *(r["parts"][n] for n in parts),
             r["prompt"] or "",
             r["note"],
         ]
         for r in records
     ]
-    return table(rows, ["image", "score", *names, "prompt", "note"])
+    return table(rows, ["image", "score", *parts, "prompt", "note"])

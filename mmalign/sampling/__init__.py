@@ -10,7 +10,8 @@ from mmalign.sampling.kernels import (
     OdeKernel,
     build_kernel,
 )
-from mmalign.sampling.rollout import Plan, collect, replay
+from mmalign.sampling.replay import Transitions, evaluate, recorded, replay
+from mmalign.sampling.rollout import Plan, collect
 
 __all__ = [
     "CpsKernel",
@@ -20,9 +21,12 @@ __all__ = [
     "KernelMismatchError",
     "OdeKernel",
     "Plan",
+    "Transitions",
     "build_kernel",
     "collect",
+    "evaluate",
     "fitted",
     "generate",
+    "recorded",
     "replay",
 ]

@@ -1,9 +1,10 @@
-"""Stochastic trajectories: recorded once, replayed exactly under changed weights."""
+"""Stochastic trajectories and the record of them, which :mod:`mmalign.sampling.replay` replays."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from mmalign.protocols import Kernel, Policy
 from mmalign.sampling.fit import deterministic, fitted
 from mmalign.sampling.generate import autocast, evaluations
+from mmalign.sampling.guidance import Guide, State
 from mmalign.types import Conditioning, Rollout, Step
 
 
@@ -28,6 +30,11 @@ class Plan:
         noisy: steps on which the stochastic kernel acts; ``None`` means the recorded ones. Every
             other step is deterministic and consumes no randomness.
         keep_means: keep the means of the recorded transitions too.
+        keep_velocities: and the predictions behind them.
+        guide: moves the means of recorded steps; every other step is as without it.
+        guided_density: recorded log-probabilities are of the means that the guide moved. Without,
+            they are of the policy's own means (the released Euphonium recipe), and the policy
+            gradient draws the policy towards where the guide led.
     """
 
     kernel: Kernel
@@ -36,6 +43,9 @@ class Plan:
     record: tuple[int, ...]
     noisy: tuple[int, ...] | None = None
     keep_means: bool = False
+    keep_velocities: bool = False
+    guide: Guide | None = None
+    guided_density: bool = False
 
     def __post_init__(self) -> None:
         if not self.kernel.stochastic and (self.record or self.noisy != ()):
@@ -114,10 +124,7 @@ def _trajectory(
     x, first, nfe = _shared_prefix(policy, prompts, starts, plan, conditioning, sigmas)
     # One generator per sample: a sample's noise does not depend on who shares its batch.
     generators = [torch.Generator().manual_seed(s ^ _NOISE_STREAM) for s in seeds]
-    states: list[Tensor] = []
-    nexts: list[Tensor] = []
-    means: list[Tensor] = []
-    log_probs: list[Tensor] = []
+    record = _Record(plan)
     for k in range(first, plan.steps):
         velocity = policy.predict(x, sigmas[k], conditioning, scale)
         nfe += evaluations(len(x), scale, conditioning)
@@ -127,13 +134,8 @@ def _trajectory(
         else:
             step = ode.step(x, sigmas[k], sigmas[k + 1], velocity)
         if k in plan.record:
-            if step.log_prob is None:
-                raise ValueError(f"step {k} has no density: the kernel adds no noise there")
-            states.append(x)
-            nexts.append(step.x_next)
-            if plan.keep_means:
-                means.append(step.mean)
-            log_probs.append(step.log_prob)
+            state = State(x, sigmas[k], sigmas[k + 1], velocity, conditioning, scale, prompts)
+            step = record.add(policy, state, step, k)
         x = step.x_next
     return Rollout(
         prompts=prompts,
@@ -141,17 +143,61 @@ def _trajectory(
         seeds=seeds,
         sigmas=sigmas,
         steps=plan.record,
-        latents=_stacked(states, x),
-        next_latents=_stacked(nexts, x),
-        log_probs=_stacked(log_probs, x.new_empty(len(x))),
         final=x,
         media=policy.decode(x),
         conditioning=conditioning,
         guidance_scale=scale,
         policy_version=version,
-        nfe=nfe,
-        means=_stacked(means, x) if plan.keep_means else None,
+        nfe=nfe + record.nfe,
+        guided_density=plan.guided_density,
+        guide_pictures=record.pictures,
+        **record.columns(x),
     )
+
+
+class _Record:
+    """The recorded steps of a batch; where the plan has a guide, it moves them first."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.nfe = self.pictures = 0
+        names = ["latents", "next_latents", "log_probs"]
+        names += ["means"] * plan.keep_means + ["velocities"] * plan.keep_velocities
+        self.rows: dict[str, list[Tensor]] = {n: [] for n in names}
+        if plan.guide is not None:
+            self.rows["shifts"] = []
+
+    def add(self, policy: Policy, state: State, step: Step, k: int) -> Step:
+        """Take in step ``k`` of the grid; returns it as it was taken."""
+        if self.plan.guide is not None:
+            push = self.plan.guide(policy, state)
+            step = self._pushed(state, step, push.shift)
+            self.rows["shifts"].append(push.shift)
+            self.nfe, self.pictures = self.nfe + push.nfe, self.pictures + push.pictures
+        if step.log_prob is None:
+            raise ValueError(f"step {k} has no density: the kernel adds no noise there")
+        found = {
+            "latents": state.x, "next_latents": step.x_next, "log_probs": step.log_prob,
+            "means": step.mean, "velocities": state.prediction,
+        }  # fmt: skip
+        for name in self.rows.keys() & found.keys():
+            self.rows[name].append(found[name])
+        return step
+
+    def _pushed(self, state: State, step: Step, shift: Tensor) -> Step:
+        """The step with its mean moved; its density is evaluated the way :func:`replay` will."""
+        reached = step.x_next + shift
+        again = self.plan.kernel.step(
+            state.x, state.sigma, state.sigma_next, state.prediction,
+            x_next=reached - shift if self.plan.guided_density else reached,
+        )  # fmt: skip
+        return replace(again, x_next=reached)
+
+    def columns(self, x: Tensor) -> dict[str, Any]:
+        """Values ``(B, S, ...)`` by field of the rollout; where nothing was recorded, S is 0."""
+        scalars = x.new_empty(len(x))
+        empty = {n: scalars if n == "log_probs" else x for n in self.rows}
+        return {n: _stacked(rows, empty[n]) for n, rows in self.rows.items()}
 
 
 def _stacked(rows: list[Tensor], like: Tensor) -> Tensor:
@@ -179,32 +225,3 @@ def _shared_prefix(
     place = {i: n for n, i in enumerate(rows)}
     nfe = first * evaluations(len(rows), plan.guidance_scale, cond)
     return x[[place[distinct[key]] for key in keys]], first, nfe
-
-
-def replay(
-    policy: Policy,
-    rollout: Rollout,
-    index: int,
-    kernel: Kernel,
-    *,
-    dtype: torch.dtype | None = None,
-) -> tuple[Step, Tensor]:
-    """Evaluate recorded step ``index`` (position in ``rollout.steps``) under the current weights.
-
-    Returns:
-        The step, whose ``log_prob`` carries gradients, and the predicted velocity.
-    """
-    k = rollout.steps[index]
-    x = rollout.latents[:, index]
-    with autocast(policy.device, dtype):
-        velocity = policy.predict(
-            x, rollout.sigmas[k], rollout.conditioning, rollout.guidance_scale
-        )
-    step = fitted(kernel, policy).step(
-        x,
-        rollout.sigmas[k],
-        rollout.sigmas[k + 1],
-        velocity,
-        x_next=rollout.next_latents[:, index],
-    )
-    return step, velocity

@@ -92,6 +92,7 @@ def test_every_document_is_reachable_from_the_index():
 
 
 def test_the_list_of_rewards_is_complete():
+    from mmalign.commands.list import memory_text
     from vision_rewards.cards import CARDS
 
     text = (ROOT / "docs" / "rewards-list.md").read_text(encoding="utf-8")
@@ -100,3 +101,4 @@ def test_the_list_of_rewards_is_complete():
     for _, info in CARDS:
         (row,) = (r for r in rows if r.startswith(f"| `{info.name}`"))
         assert info.summary in row and info.licence in row and info.source in row, info.name
+        assert f"| {memory_text(info)} | " in row and info.checkpoint in row, info.name

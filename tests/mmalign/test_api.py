@@ -199,6 +199,7 @@ def test_bad_steering_calls_are_explained(tiny_policy):
     [
         ("shapes-vae", "autoencoder", "train_autoencoder"),
         ("shapes-flow", "generator", "train_generator"),
+        ("shapes-sd", "diffusion", "train_diffusion"),
         ("shapes-clip", "clip", "train_clip"),
         ("shapes-aesthetic", "aesthetic", "train_aesthetic"),
         ("shapes-artifact", "artifact", "train_artifact"),

@@ -270,3 +270,32 @@ def test_helpers(tmp_path):
         image_files([str(tmp_path)])
     with pytest.raises(CommandError, match="no picture or folder"):
         image_files([str(tmp_path / "none.png")])
+
+
+def test_rewards_are_listed_with_everything_that_is_declared(capsys):
+    from vision_rewards.cards import CARDS
+
+    assert main(["list", "rewards"]) == 0
+    printed = capsys.readouterr().out
+    assert "higher is better" in printed
+    for _, info in CARDS:
+        rows = "".join(r for r in printed.splitlines() if r.startswith(f"{info.name} "))
+        for said in (info.summary, info.licence, info.checkpoint, info.source):
+            assert said in rows, info.name
+        ends = ["inf" if end is None else f"{end:g}" for end in info.range]
+        assert f"{'-' if info.range[0] is None else ''}{ends[0]}..{ends[1]}" in rows
+        assert (" GB" in rows or " MB" in rows) == (info.parameters > 0), info.name
+        assert info.source != "generic" and (":" in info.source or "ISBN" in info.source), info.name
+
+
+def test_one_reward_is_listed_in_full(capsys):
+    assert main(["list", "rewards", "pickscore"]) == 0
+    page = capsys.readouterr().out
+    for said in ("3.94 / 1.97 GB", "higher is better", "MIT", "arXiv:2305.01569", "986.1 million"):
+        assert said in page
+    assert main(["list", "rewards", "contrast"]) == 0
+    assert "memory" not in capsys.readouterr().out
+    assert main(["list", "rewards", "pickscore", "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)["rewards"].values()
+    assert facts["memory_bytes"] == {"fp32": 3_944_400_000, "bf16": 1_972_200_000}
+    assert facts["direction"] == "higher is better"

@@ -301,7 +301,7 @@ BUILDS: dict[str, Build] = {
     "geneval": geneval,
     "yes_no_judge": local_vlm,
     "vqascore": local_vlm,
-    **dict.fromkeys(("rubric_judge", "pairwise_judge", "critique_judge"), server()),
+    **dict.fromkeys(("rubric_judge", "pairwise_judge", "critique_judge", "region_judge"), server()),
     "auto_rubric": server(),
     "edit_score": server(passes=2),
     **dict.fromkeys(("unified_reward", "unified_reward_pair"), server(size=64)),

@@ -30,6 +30,9 @@ def answer(chat: Chat) -> str:
             for k in range(1, 1 + len(re.findall(r"^\d+\. ", text, re.MULTILINE)))
         ]
         return json.dumps({"verdicts": verdicts})
+    if '"regions": [' in text:
+        region = {"label": "it", "box": [0.1, 0.2, 0.6, 0.9], "reason": "seen", "score": own}
+        return json.dumps({"regions": [region], "reason": "seen", "score": 2 * own - 1})
     if "Detailed Judgement" in text:
         return _critique(own)
     if "Final Score" in text:

@@ -171,15 +171,6 @@ def test_impossible_levels_are_refused(options, words):
     assert words in str(caught.value)
 
 
-def test_diffusion_models_are_refused(kit, tmp_path):
-    class Epsilon(kit.LinePolicy):
-        parameterisation = "epsilon"
-
-    config = forward(kit, tmp_path, rollout__kernel="ddim")
-    with pytest.raises(ConfigError, match="predicts epsilon; use a flow model"):
-        Trainer(config, Epsilon(), kit.brightness, Accelerator(cpu=True), tmp_path)
-
-
 # --- the update -----------------------------------------------------------------------------------
 
 MADE_UP = torch.tensor([1.0, -1, 0.5, -0.5, 2, -2, 0, 0.3])

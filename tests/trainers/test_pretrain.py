@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,18 @@ from mmalign.shapes.splits import held_out_pair
 from trainers.muon import Muon, orthogonalise
 from trainers.pretrain import data
 from trainers.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
+from trainers.pretrain.denoiser import LatentPool
+from trainers.pretrain.diffusion import (
+    RECOMMENDED,
+    DiffusionConfig,
+    UNetSize,
+    draw_times,
+    train_diffusion,
+)
 from trainers.pretrain.generator import GeneratorConfig, train_generator
 
 SIZE = SD3Size(width=32, layers=4, head_dim=16, text_width=32, text_layers=2)
+UNET = UNetSize(channels=(16, 32), heads=2, text_width=32, text_layers=1)
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +50,13 @@ def flow_config(folder: Path, out: str, **options: object) -> GeneratorConfig:
         out=str(folder / out),
         **{**settings, **options},
     )
+
+
+def sd_config(folder: Path, out: str) -> DiffusionConfig:
+    return DiffusionConfig(
+        data=str(folder / "data"), out=str(folder / out), shards=2, first_shards=1, steps=4,
+        batch_size=4, save_every=2,
+    )  # fmt: skip
 
 
 def test_shards_hold_training_scenes_only(tmp_path: Path) -> None:
@@ -67,31 +84,56 @@ def test_autoencoder_then_generator_make_a_loadable_pipeline(tmp_path: Path) -> 
 def test_an_interrupted_generator_ends_where_an_uninterrupted_one_does(tmp_path: Path) -> None:
     train_autoencoder(vae_config(tmp_path))
     whole = train_generator(flow_config(tmp_path, "whole"), SIZE)
-    _stop_after(tmp_path, 2)
-    resumed = train_generator(flow_config(tmp_path, "stopped"), SIZE)
+    config = flow_config(tmp_path, "stopped")
+    _stop_after(2, lambda: train_generator(config, SIZE))
+    resumed = train_generator(config, SIZE)
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         files = [next((f / name).glob("*.safetensors")).read_bytes() for f in (whole, resumed)]
         assert files[0] == files[1], name
 
 
-def _stop_after(folder: Path, step: int) -> None:
+def _stop_after(step: int, train: Callable[[], Path]) -> None:
     """Run a job that dies right after saving ``step``, by handing it a poisoned later batch."""
-    config = flow_config(folder, "stopped", seed=0)
-    from trainers.pretrain import generator
+    original = LatentPool.batch
 
-    original = generator.LatentPool.batch
-
-    def batch(self: object, at: int) -> object:
+    def batch(self: LatentPool, at: int) -> object:
         if at >= step:
             raise KeyboardInterrupt
-        return original(self, at)  # type: ignore[arg-type]
+        return original(self, at)
 
-    generator.LatentPool.batch = batch  # type: ignore[assignment,method-assign]
+    LatentPool.batch = batch  # type: ignore[assignment,method-assign]
     try:
         with pytest.raises(KeyboardInterrupt):
-            train_generator(config, SIZE)
+            train()
     finally:
-        generator.LatentPool.batch = original  # type: ignore[method-assign]
+        LatentPool.batch = original  # type: ignore[method-assign]
+
+
+def test_the_diffusion_generator_is_stock_resumable_and_loadable(tmp_path: Path) -> None:
+    whole = train_diffusion(sd_config(tmp_path, "whole"), UNET)
+    config = sd_config(tmp_path, "stopped")
+    _stop_after(2, lambda: train_diffusion(config, UNET))
+    resumed = train_diffusion(config, UNET)
+    for name in ("unet", "text_encoder"):
+        files = [next((f / name).glob("*.safetensors")).read_bytes() for f in (whole, resumed)]
+        assert files[0] == files[1], name
+    policy = load_policy(whole)
+    assert policy.parameterisation == "epsilon" and policy.sampler.steps == RECOMMENDED["steps"]
+    # Stock Stable Diffusion scales latents and never shifts them.
+    assert policy.pipeline.vae.config.shift_factor == 0.0
+    media, _ = generate(policy, ["a photo of a red star"], [1], steps=2)
+    assert media.data.shape == (1, 3, 64, 64)
+
+
+def test_times_follow_a_normal_of_the_log_signal_to_noise_ratio() -> None:
+    abar = torch.cumprod(1 - torch.linspace(0.03, 0.11, 1000).double() ** 2, 0)
+    config = DiffusionConfig(snr_mean=-0.5, snr_std=2.0)
+    times = draw_times(torch.linspace(-2, 2, 9), abar, config)
+    ratio = (abar / (1 - abar)).log()
+    wanted = -0.5 + 2 * torch.linspace(-2, 2, 9).double()
+    for time, value in zip(times.tolist(), wanted.tolist(), strict=True):
+        assert ratio[time] <= value <= ratio[time - 1]
+    assert draw_times(torch.tensor([-9.0, 9.0]), abar, config).tolist() == [999, 0]
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (8, 32), (32, 8)])

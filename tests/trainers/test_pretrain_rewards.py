@@ -213,7 +213,7 @@ def test_the_terms_of_taste() -> None:
 
 def test_a_short_training_learns_the_taste(tmp_path: Path) -> None:
     config = AestheticConfig(
-        out=str(tmp_path), pictures=500, steps=150, save_every=75, held_out=20, batch_size=64
+        out=str(tmp_path), pictures=500, steps=400, save_every=200, held_out=20, batch_size=64
     )
     reward = ShapesAesthetic(train_aesthetic(config))
     rng = random.Random(3)

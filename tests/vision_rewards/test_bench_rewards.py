@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mmalign.cli import main
 from mmalign.commands.bench import rewards_summary
 from mmalign.config import ConfigError
+from mmalign.reward_info import RewardInfo
+from mmalign.types import Media, Score
 from vision_rewards.bench import bench_rewards
 
 
@@ -28,7 +32,9 @@ def test_rates_flops_and_memory(clip_folder: Path) -> None:
             assert rate["max"] == pytest.approx(row["batch_size"] / seconds["min"])
             assert row["peak_bytes"] > 1e6
     for row in clip["batches"]:
-        expected = row["images_per_second"]["median"] * clip["gflop_per_image"] / 1e3
+        # One prompt a call: its encoding counts once, however many pictures share it.
+        gflop = clip["gflop_per_image"] + clip["gflop_per_call"] / row["batch_size"]
+        expected = row["images_per_second"]["median"] * gflop / 1e3
         assert row["tflops"] == pytest.approx(expected)
         assert row["share_of_matmul"] == pytest.approx(row["tflops"] / result["matmul"]["tflops"])
     text = rewards_summary(result)
@@ -42,7 +48,55 @@ def test_the_flops_are_the_towers(clip_folder: Path) -> None:
     tokens, width, inner = 17, 32, 64
     block = 4 * tokens * width**2 + 2 * tokens * width * inner + 2 * tokens**2 * width
     vision = 2 * (2 * block + 16 * 3 * 64 * width + width * 24)
-    assert clip["gflop_per_image"] * 1e9 > vision  # the text tower comes on top
+    assert clip["gflop_per_image"] * 1e9 == pytest.approx(vision, rel=0.02)
+    assert clip["gflop_per_call"] > 0  # the text tower
+
+
+def test_only_the_reward_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, to_pil = [], Media.to_pil
+
+    def counted(media: Media) -> list[Any]:
+        made.append(len(media))
+        return to_pil(media)
+
+    monkeypatch.setattr(Media, "to_pil", counted)
+    bench_rewards(["contrast"], batch_sizes=[1, 4], size=16, repeats=2, device="cpu", threads=1)
+    assert set(made) == {1}  # one picture as a fact, never the batch
+    before = len(made)
+    bench_rewards(["contrast"], batch_sizes=[1, 4], size=16, repeats=5, device="cpu", threads=1)
+    assert len(made) == 2 * before
+
+
+def test_what_scores_nothing_is_not_timed() -> None:
+    def silent(images: Any, prompts: Any) -> list[None]:
+        return [None] * len(images)
+
+    with pytest.raises(
+        ConfigError, match=r"'silent' does not score .* rate would be that of doing"
+    ):
+        bench_rewards([silent], batch_sizes=[1], size=16, repeats=1, device="cpu", threads=1)
+
+
+def test_rewards_with_facts_are_given_them() -> None:
+    seen: list[Any] = []
+
+    class Edit:
+        info = RewardInfo(name="edit", needs=("prompt", "source", "reference"))
+        identity = "edit@1"
+
+        def score(self, media: Media, prompts: Any, context: Any = None) -> Score:
+            seen.extend(c["source"].size + c["reference"].size for c in context)
+            return Score.of(torch.ones(len(media)))
+
+    bench_rewards([Edit()], batch_sizes=[3], size=16, repeats=1, device="cpu", threads=1)
+    assert set(seen) == {(16,) * 4}
+
+
+def test_text_is_looked_for() -> None:
+    pytest.importorskip("rapidocr")
+    (ocr,) = bench_rewards(["ocr"], batch_sizes=[1], size=64, repeats=1, device="cpu",
+                           threads=1)["rewards"]  # fmt: skip
+    assert ocr["batches"][0]["seconds"]["median"] > 0.005
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

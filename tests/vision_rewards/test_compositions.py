@@ -253,3 +253,19 @@ def test_a_composition_by_mapping() -> None:
     inner = {"compose": "minimum", "parts": ["shapes_partial", "shapes_strict"]}
     nested = load_reward({"m": (inner, 0.5), "jpeg_compressibility": 0.1})
     assert nested.info.name == "0.5*m + 0.1*jpeg_compressibility"
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"penalty": -1.0, "mode": "hinge"}, "penalty must be 0 or more"),
+        ({"penalty": float("nan")}, "penalty must be 0 or more"),
+        ({"floor": float("nan")}, "'floor' of a gate must be a finite number"),
+        ({"constraints": {"b": float("nan")}}, "'b' of a gate must be a finite number"),
+    ],
+)
+def test_numbers_of_a_gate(options: dict[str, Any], says: str) -> None:
+    components = {"a": (fixed(A), 1.0), "b": (fixed(B), 1.0)}
+    given = {"constraints": {"b": 0.5}, "floor": 0.0, **options}
+    with pytest.raises(ValueError, match=says):
+        build("gate", components, given)

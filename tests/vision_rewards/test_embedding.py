@@ -341,3 +341,34 @@ def test_files_of_weights(tmp_path: Path) -> None:
     wrong = {"weight": torch.ones(3, 2), "other": torch.ones(1)}
     with pytest.raises(ValueError, match=r"missing: bias; unknown: other; wrong shape: weight"):
         load_exactly(layer, wrong, "a file")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("data", [b"", b"PK\x03\x04 cut off", b"hello", b"\x01" * 20])
+def test_damaged_weights_name_their_file(tmp_path: Path, name: str, data: bytes) -> None:
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ValueError, match=rf"{name} (is no file of weights|holds more than)"):
+        read_weights(tmp_path / name)
+
+
+def test_equal_weights_under_another_activation_are_another_network(
+    clip_folder: Path, tmp_path: Path, pictures: Pictures
+) -> None:
+    embedder, copy = load_embedder(clip_folder), shutil.copytree(clip_folder, tmp_path / "other")
+    config = json.loads((copy / "config.json").read_text())
+    config["vision_config"]["hidden_act"] = "relu"
+    (copy / "config.json").write_text(json.dumps(config))
+    other = load_embedder(copy)
+    assert other.image_tower is not embedder.image_tower
+    with torch.no_grad():
+        assert not other.image(pictures()).allclose(embedder.image(pictures()), atol=1e-4)
+
+
+def test_sharing_under_inference_mode(clip_folder: Path, pictures: Pictures) -> None:
+    embedder = load_embedder(clip_folder)
+    seen = calls(embedder.image_tower)
+    with torch.inference_mode(), shared_forward():
+        pixels = pictures().clone()
+        assert pixels.is_inference()
+        assert embedder.image(pixels).equal(embedder.image(pixels))
+    assert seen == [3]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -411,6 +412,19 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pictures() -> Tensor:
     return torch.rand(3, 3, 48, 72, generator=torch.Generator().manual_seed(1))
+
+
+def test_a_detector_without_its_head_is_refused(detr: Path, tmp_path: Path):
+    """transformers draws at random what a file lacks, and only warns."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(detr, tmp_path / "headless")
+    state = load_file(folder / "model.safetensors")
+    cut = {k: v for k, v in state.items() if not k.startswith("class_labels_classifier")}
+    save_file({**cut, "of.older.releases": torch.ones(1)}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    with pytest.raises(ValueError, match=r"do not fit the network. missing: class_labels_class"):
+        Detector(folder, floor=0.2)
 
 
 def test_mask2former_path(mask2former: Path, pictures: Tensor):

@@ -204,3 +204,14 @@ def test_swiss_never_repeats_a_match_it_can_avoid() -> None:
             points[max(a, b)] += 1
     assert len(met) == 12 and len(round_robin(8)) == 28
     assert points[7] == 3.0
+
+
+def test_a_damaged_opponent_is_one_match_less(tmp_path: Path) -> None:
+    grey([100]).to_pil()[0].save(tmp_path / "100.png")
+    (tmp_path / "bad.png").write_text("no picture")
+    rows = [{"prompt": "p", "image": name} for name in ("100.png", "bad.png")]
+    pool = tmp_path / "pool.jsonl"
+    pool.write_text("\n".join(map(json.dumps, rows)))
+    options = {"pairing": "reference", "pool": str(pool)}
+    score = build("win_rate", {"b": (LIGHT, 1.0)}, options).score(grey([60, 150]), ["p", "p"])
+    assert score.value.tolist() == [0.0, 1.0] and score.parts["matches"].tolist() == [1, 1]

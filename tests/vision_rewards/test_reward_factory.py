@@ -117,3 +117,41 @@ def test_listing_imports_nothing_heavy() -> None:
     )
     assert done.stdout.split() == ["False", "False"]
     assert [e.name for e in list_rewards()] == [e.name for e in REWARDS]
+
+
+def test_a_file_may_use_dataclasses_and_fail(tmp_path: Path) -> None:
+    code = (
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "@dataclass\n"
+        "class Settings:\n"
+        "    level: float = {level}\n"
+        "def score(images, prompts):\n"
+        "    return [Settings().level] * len(images)\n"
+    )
+    for level in (0.25, 0.5):  # two files of one name
+        path = tmp_path / str(level) / "mine.py"
+        path.parent.mkdir()
+        path.write_text(code.format(level=level))
+        reward = load_reward(f"{path}:score")
+        assert reward.score(Media(torch.rand(1, 3, 4, 4)), ["p"]).value.item() == level
+    path.write_text("raise RuntimeError('half way')")
+    known = set(sys.modules)
+    with pytest.raises(RuntimeError, match="half way"):
+        load_reward(f"{tmp_path / '0.5' / 'mine.py'}:score")
+    assert set(sys.modules) == known
+
+
+def test_modules_that_are_not_there() -> None:
+    for name in ("no_such_module:fn", "no_such_module.inner:fn", "vision_rewards.nothing:fn"):
+        with pytest.raises(FileNotFoundError, match=r"there is no module .*; give 'path/to/file"):
+            load_reward(name)
+
+
+def test_a_module_that_misses_something_says_so_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "needy_reward.py").write_text("import no_such_module\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        load_reward("needy_reward:fn")

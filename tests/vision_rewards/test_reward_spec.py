@@ -93,3 +93,12 @@ def test_text_and_mapping_make_the_same_sum() -> None:
     mapping = load_reward({"shapes_strict": 0.5, "jpeg_compressibility": 1.0})
     assert text.identity == mapping.identity
     assert load_reward("1*shapes_strict").info.name == "shapes_strict"
+
+
+def test_names_longer_than_a_file_name() -> None:
+    long = "x" * 300
+    assert parse_spec(f"0.5*{long} + b") == {long: 0.5, "b": 1.0}
+    with pytest.raises(UnknownNameError):
+        load_reward(long)
+    terms = [f"{k}*r{k}" for k in range(1, 99)]
+    assert len(parse_spec("+".join(terms))) == 98

@@ -91,7 +91,7 @@ def test_it_judges_pictures_of_the_generator(vlm: tuple[Any, Any], tmp_path: Pat
 def test_comparisons_do_not_hang_on_the_order(vlm: tuple[Any, Any], pairs: list[Any]) -> None:
     bias = position_bias(*vlm, pairs)
     assert bias["right"].value > PAIR_FLOOR
-    assert abs(bias["first wins"].value - 0.5) < 0.2
+    assert abs(bias["first wins"].value - 0.5) < 0.3
 
 
 def test_padding_on_the_left_changes_nothing(vlm: tuple[Any, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from tiny_heads import nsfw_state
 from tiny_vision import write_checker, write_classifier, write_dino
 from torch import Tensor, nn
@@ -249,3 +250,30 @@ def test_classifier(classifier_folder: Path, pictures: Pictures) -> None:
 def test_without_the_hub_the_default_is_an_os_error(reward: Any) -> None:
     with pytest.raises(OSError):
         reward()
+
+
+def test_references_are_read_as_pictures_are(
+    clip_folder: Path, tmp_path: Path, pictures: Pictures
+) -> None:
+    """Upright, transparent pixels over white; a bomb spoils its own sample only."""
+    picture = Media(pictures(1)).to_pil()[0]
+    tags = Image.Exif()
+    tags[0x0112] = 3  # lies on its head
+    picture.rotate(180).save(tmp_path / "turned.png", exif=tags)
+    white = Image.new("RGB", picture.size, "white")
+    hidden = picture.convert("RGBA")
+    hidden.putalpha(0)
+    reward = ClipI(clip_folder)
+    for given, shown in ((tmp_path / "turned.png", picture), (hidden, white)):
+        score = reward.score(Media.from_pil([shown]), [""], [{"reference": given}])
+        assert score.value.item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_huge_reference_spoils_its_own_sample_only(
+    clip_folder: Path, tmp_path: Path, pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (60, 60)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    context = [{"reference": tmp_path / "huge.png"}, {"reference": pictures(1)}]
+    score = ClipI(clip_folder).score(Media(pictures(2)), [""] * 2, context)
+    assert score.valid.tolist() == [False, True] and "huge.png" in score.notes[0]

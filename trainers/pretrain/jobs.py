@@ -13,6 +13,8 @@ from mmalign.registry import unknown
 JOBS = {
     "shapes-vae": ("autoencoder", "AutoencoderConfig", "train_autoencoder"),
     "shapes-flow": ("generator", "GeneratorConfig", "train_generator"),
+    "shapes-turbo": ("distill", "DistillConfig", "distill"),
+    "shapes-sd": ("diffusion", "DiffusionConfig", "train_diffusion"),
     "shapes-clip": ("clip", "ClipConfig", "train_clip"),
     "shapes-aesthetic": ("aesthetic", "AestheticConfig", "train_aesthetic"),
     "shapes-artifact": ("artifact", "ArtifactConfig", "train_artifact"),

@@ -36,7 +36,7 @@ def resumable_steps(
     """
     step = 0
     if path.exists():
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         step = int(state["step"])

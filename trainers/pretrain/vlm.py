@@ -56,7 +56,7 @@ class VLMConfig(RowConfig):
     """Dials of :func:`train_vlm`; how the shipped weights were made is in docs/small-models.md."""
 
     out: str = "runs/shapes-vlm"
-    steps: int = 1600
+    steps: int = 2400
     vision_steps: int = 700
     decay_share: float = 0.4
     vision_rows: int = 96

@@ -71,6 +71,7 @@ class Composition:
     """
 
     kind = ""
+    whole_batch = False  # whether samples of different prompts are compared with each other
     linear = False  # whether the value is the weighted sum, so that advantages may be added instead
     per_reward_advantages = False  # whether training should do so without being told
 
@@ -78,6 +79,8 @@ class Composition:
         self.components = {n: (reward, float(w)) for n, (reward, w) in components.items()}
         check_weights(self.weights, self.kind)
         infos = {n: reward.info for n, (reward, _) in self.components.items()}
+        if any(getattr(reward, "whole_batch", False) for reward, _ in self.components.values()):
+            self.whole_batch = True
         name = self.formula()
         self.info = RewardInfo(
             name=name,
@@ -226,11 +229,3 @@ def sum_range(terms: Sequence[tuple[Range, float]]) -> Range:
         low = None if low is None or ends[0] is None else low + weight * ends[0]
         high = None if high is None or ends[1] is None else high + weight * ends[1]
     return low, high
-
-
-def groups_of(prompts: Sequence[str], context: Sequence[Mapping[str, Any]]) -> list[list[int]]:
-    """Rows that belong together: equal ``context["group"]`` where given, else equal prompts."""
-    found: dict[Any, list[int]] = {}
-    for row, (prompt, facts) in enumerate(zip(prompts, context, strict=True)):
-        found.setdefault(facts.get("group", prompt), []).append(row)
-    return list(found.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -64,7 +65,8 @@ class Gate(Composition):
         penalty: slope of ``hinge``.
 
     Raises:
-        ValueError: no constraint, only constraints, or a floor that is neither given nor known.
+        ValueError: no constraint, only constraints, a threshold, floor or penalty that is no
+            usable number, or a floor that is neither given nor known.
         UnknownNameError: a constraint on something that is no part.
     """
 
@@ -86,6 +88,7 @@ class Gate(Composition):
             raise unknown("mode of a gate", mode, ("hard", "hinge"))
         if not constraints or len(constraints) == len(components):
             raise ValueError("a gate needs at least one constraint and one part that is none")
+        _check_numbers(constraints, floor, penalty)
         self.constraints, self.mode, self.penalty = dict(constraints), mode, float(penalty)
         main = [(r.info.range, w) for n, (r, w) in components.items() if n not in constraints]
         self._main = sum_range(main)
@@ -129,6 +132,15 @@ class Gate(Composition):
         else:
             value = main - self.penalty * missing.clamp_min(0).sum(0)
         return Combined(value, extra={"passed": passed.float()})
+
+
+def _check_numbers(constraints: Mapping[str, float], floor: float | None, penalty: float) -> None:
+    """Refuse numbers of a gate that would turn it round, or fail every sample in silence."""
+    if not (penalty >= 0 and math.isfinite(penalty)):
+        raise ValueError(f"penalty must be 0 or more (a failed constraint costs), got {penalty}")
+    for name, value in {"floor": floor, **constraints}.items():
+        if value is not None and not math.isfinite(value):
+            raise ValueError(f"{name!r} of a gate must be a finite number, got {value}")
 
 
 class Minimum(Composition):

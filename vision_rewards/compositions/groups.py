@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from mmalign.registry import unknown
-from mmalign.reward_info import Range, Scope
-from vision_rewards.compositions.base import Combined, Components, Composition, Parts, groups_of
+from mmalign.reward_info import Range, Scope, groups_of
+from vision_rewards.compositions.base import Combined, Components, Composition, Parts
 
 
 class _GroupReward(Composition):
@@ -79,6 +79,7 @@ class Pareto(_GroupReward):
         if within not in ("prompt", "batch"):
             raise unknown("'within' of pareto", within, ("prompt", "batch"))
         self.mode, self.within = mode, within
+        self.whole_batch = within == "batch"
         super().__init__(components)
 
     def options(self) -> Mapping[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 
 from mmalign.registry import unknown
-from mmalign.reward_info import Range, Scope
+from mmalign.reward_info import Range, Scope, groups_of
 from mmalign.types import Media, Score
-from vision_rewards.compositions.base import Components, Composition, groups_of
+from vision_rewards.compositions.base import Components, Composition
 from vision_rewards.compositions.matches import (
     Match,
     circulant,
@@ -207,14 +207,20 @@ class _Batch:
         return [_wins(own[a], own[b]) for a, b in zip(first, second, strict=True)]
 
     def _against(self, rows: list[int], pictures: Sequence[Path]) -> list[float | None]:
-        from PIL import Image
+        from mmalign.pictures import PictureError, read_picture
 
         if self._own is None:
             self._own = self.reward.score(self.media, self.prompts, self.context)
-        own, found = _values(self._own), []
+        own = _values(self._own)
+        found: list[float | None] = []
         for row, path in zip(rows, pictures, strict=True):
-            with Image.open(path) as picture:
-                other = Media.from_pil([picture.convert("RGB")])
+            try:
+                other = Media.from_pil([read_picture(path)])
+            except PictureError as error:  # one damaged opponent is one match less
+                self.notes[row] = str(error)
+                found.append(None)
+                continue
+            other = Media(other.data.to(self.media.data.device))
             score = self.reward.score(other, [self.prompts[row]], [self.context[row]])
             found.append(_wins(own[row], _values(score)[0]))
         return found

@@ -16,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 from PIL import Image
 from torch import Tensor, nn
 
+from mmalign.pictures import read_picture, to_rgb
 from mmalign.types import Media
 
 Picture = Any  # a Pillow image or a tensor (3, H, W) in [0, 1]
@@ -123,16 +124,18 @@ class Backend(Protocol):
 def as_pil(picture: Picture, what: str = "picture") -> Image.Image:
     """An RGB Pillow image of an image, a tensor ``(3 or 1, H, W)`` in [0, 1] or a file.
 
+    Files and images are read as everywhere (see :func:`mmalign.pictures.to_rgb`): upright, 16 bits
+    scaled, transparency over white.
+
     Raises:
-        ValueError: something else; names ``what``.
+        ValueError: something else (names ``what``), or a file that is no picture.
     """
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else to_rgb(picture)
     if isinstance(picture, Tensor) and picture.ndim == 3 and picture.shape[0] in (1, 3):
         return Media(picture[None].float().expand(1, 3, *picture.shape[1:])).to_pil()[0]
     if isinstance(picture, (str, Path)):
-        with Image.open(picture) as image:
-            return image.convert("RGB")
+        return read_picture(picture)
     shape = f" of shape {tuple(picture.shape)}" if isinstance(picture, Tensor) else ""
     raise ValueError(
         f"{what} must be a Pillow image, a tensor (3, H, W) in [0, 1] or a file, "

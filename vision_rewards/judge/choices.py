@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-_SPACE_MARKS = str.maketrans({"▁": " ", "Ġ": " "})  # of SentencePiece and byte-level BPE
+# Of SentencePiece and byte-level BPE, whose newline and tab are letters of their own.
+_SPACE_MARKS = str.maketrans({"▁": " ", "Ġ": " ", "Ċ": "\n", "ĉ": "\t"})
 
 
 def canonical(token: str) -> str:
@@ -44,20 +45,21 @@ def gather_choices(
 def verdict_index(tokens: Sequence[str], marker: str) -> int | None:
     """Which token of an answer holds the verdict.
 
-    The first one without a marker; otherwise the first token with something to read after the
+    The first one without a marker; otherwise the first token with a letter or digit after the
     last match of the regular expression ``marker``, so that it is found wherever the reasoning
-    ends. ``None`` where the marker or anything after it is missing.
+    ends, behind quotes and line breaks. ``None`` where the marker or anything after it is missing.
     """
     if not marker:
         return 0 if tokens else None
-    text = "".join(t.translate(_SPACE_MARKS) for t in tokens)
+    tokens = [t.translate(_SPACE_MARKS).replace("<0x0A>", "\n") for t in tokens]
+    text = "".join(tokens)
     ends = [m.end() for m in re.finditer(marker, text)]
     if not ends:
         return None
     start = 0
     for index, token in enumerate(tokens):
         stop = start + len(token)
-        if text[max(start, ends[-1]) : stop].strip():
+        if re.search(r"[^\W_]", text[max(start, ends[-1]) : stop]):
             return index
         start = stop
     return None

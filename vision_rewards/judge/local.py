@@ -58,7 +58,7 @@ class LocalBackend:
         self.batch_size = batch_size
         self.processor = _load_processor(str(processor or checkpoint))
         self.tokenizer = self.processor.tokenizer
-        self.model = _load_model(str(checkpoint), _DTYPES[dtype])
+        self.model = load_model(str(checkpoint), _DTYPES[dtype])
         if device is not None:
             self.model.to(device)
         name = Path(checkpoint).name if Path(checkpoint).exists() else str(checkpoint)
@@ -120,6 +120,10 @@ class LocalBackend:
             return [
                 next(answered) if i in short else Reply(error=said) for i in range(len(queries))
             ]
+        if len(queries) > 1 and room - max(lengths) < min(
+            queries[0].max_tokens, room - min(lengths)
+        ):  # padding to the longest question would cut the answers to the others
+            return [self._answer([query])[0] for query in queries]
         return self._generate(queries, inputs, lengths, room)
 
     def _room(self) -> int:
@@ -140,21 +144,13 @@ class LocalBackend:
         if query.system:
             system = {"role": "system", "content": [{"type": "text", "text": query.system}]}
             messages.insert(0, system)
-        self._plain(messages)
+        for part in (p for m in messages for p in m["content"] if "text" in p):
+            part["text"] = without_marks(part["text"], self.processor)
         if getattr(self.processor, "chat_template", None):
             return str(self.processor.apply_chat_template(messages, add_generation_prompt=True))
         marks = getattr(self.processor, "image_token", "<image>") * len(query.images)
         said = [part["text"] for m in messages for part in m["content"] if "text" in part]
         return f"{marks}{' '.join(said)}"
-
-    def _plain(self, messages: Sequence[dict[str, Any]]) -> None:
-        """Take the model's own marks out of texts: a prompt must not become structure."""
-        added = self.tokenizer.added_tokens_decoder.values()
-        special = {t.content for t in added if t.special} | set(self.tokenizer.all_special_tokens)
-        special.add(getattr(self.processor, "image_token", ""))
-        for part in (p for m in messages for p in m["content"] if "text" in p):
-            for mark in filter(str.strip, special):
-                part["text"] = part["text"].replace(mark, " ")
 
     def _generate(
         self, queries: Sequence[Query], inputs: Any, lengths: list[int], room: int
@@ -250,6 +246,17 @@ class GumbelNoise:
         return scores
 
 
+def without_marks(text: str, processor: Any) -> str:
+    """A text without a model's own marks: a prompt must not become structure."""
+    tokenizer = processor.tokenizer
+    added = tokenizer.added_tokens_decoder.values()
+    special = {t.content for t in added if t.special} | set(tokenizer.all_special_tokens)
+    special.add(getattr(processor, "image_token", ""))
+    for mark in filter(str.strip, special):
+        text = text.replace(mark, " ")
+    return text
+
+
 def weights_digest(model: nn.Module) -> str:
     """A digest of names, shapes and evenly spaced values of every tensor of a model.
 
@@ -276,7 +283,13 @@ def _load_processor(source: str) -> Any:
     return processor
 
 
-def _load_model(source: str, dtype: Any) -> Any:
+def load_model(source: str, dtype: Any) -> Any:
+    """An image-text-to-text model, frozen, every weight of it from the checkpoint.
+
+    Raises:
+        OSError: nothing to load there.
+        BackendError: the weights do not fit the model; names the tensors.
+    """
     from transformers import AutoModelForImageTextToText
 
     model, info = AutoModelForImageTextToText.from_pretrained(

@@ -32,8 +32,12 @@ class PairJudge(JudgeReward):
     """
 
     def question(self, prompt: str, images: Sequence[Image.Image]) -> Query:
-        """The question about two pictures in this order."""
+        """The question about two pictures in this order, behind those of :meth:`lead`."""
         return self.query(self.template.fill(prompt=quoted(prompt)), images)
+
+    def lead(self, facts: Mapping[str, Any]) -> tuple[Image.Image, ...]:
+        """Pictures shown before the two, in both orders: none here."""
+        return ()
 
     def verdict(self, reply: Reply) -> Verdict:
         """Preference for the first picture, and why. Raises ``UnreadableError``."""
@@ -49,8 +53,9 @@ class PairJudge(JudgeReward):
         queries = []
         for picture, prompt, facts in zip(pictures, prompts, context, strict=True):
             opponent = self.fitted(facts["opponent"], "context['opponent']")
-            queries.append(self.question(prompt, (picture, opponent)))
-            queries.append(self.question(prompt, (opponent, picture)))
+            lead = self.lead(facts)
+            queries.append(self.question(prompt, (*lead, picture, opponent)))
+            queries.append(self.question(prompt, (*lead, opponent, picture)))
         answers = self.ask(queries, self.verdict)
         return [_row(a, b) for a, b in zip(answers[::2], answers[1::2], strict=True)]
 

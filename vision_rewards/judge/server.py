@@ -53,6 +53,16 @@ class _RetryError(Exception):
         self.wait = wait
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an error: the key must not follow it to another host."""
+
+    def redirect_request(self, *args: Any, **options: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
 class OpenAIBackend:
     """Asks a chat server.
 
@@ -188,7 +198,7 @@ class OpenAIBackend:
         request = urllib.request.Request(f"{self.base_url}/chat/completions", body, headers)
         self._count(requests=1)
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with _OPENER.open(request, timeout=self.timeout) as response:
                 return json.load(response)
         except urllib.error.HTTPError as error:
             with error:
@@ -204,6 +214,9 @@ class OpenAIBackend:
         text = f"{self.base_url} answered {error.code} for model {self.model!r}: {said[:500]}"
         if error.code in _TRY_AGAIN:
             return _RetryError(text, retry_after(error.headers.get("Retry-After")))
+        if 300 <= error.code < 400:
+            to = error.headers.get("Location")
+            return BackendError(f"{text}; it redirects to {to!r}: give that address as url")
         if error.code in _HOPELESS:
             key = "set" if os.environ.get(self.api_key_env) else "not set"
             return BackendError(f"{text} (key variable {self.api_key_env} is {key})")
@@ -252,7 +265,8 @@ def read_completion(body: Any, query: Query) -> Reply:
     try:
         choice = body["choices"][0]
         message = choice["message"]
-        text = message.get("content") or ""
+        # Half a character of an answer that was cut off could not be written anywhere.
+        text = (message.get("content") or "").encode("utf-8", "replace").decode()
         usage = body.get("usage") or {}
         reason = choice.get("finish_reason")
         return Reply(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vision_rewards.judge.templates import load_template, quoted
 
 YES_NO = ("yes", "no")
 VERDICT_AFTER = r"(?i)answer\s*\**\s*:\s*\**"
+_VERDICT = re.compile(r"[\W_]*(?:yes|no)\b", re.IGNORECASE)
 LogProbs = Mapping[str, float]
 
 
@@ -26,6 +28,19 @@ def yes_no_log_probs(reply: Reply) -> LogProbs:
     if reply.choice_log_probs is None:
         raise UnreadableError("neither yes nor no is among the likely tokens at its verdict")
     return reply.choice_log_probs
+
+
+def reasoned_log_probs(reply: Reply) -> LogProbs:
+    """The same behind a chain of thought, which must end in a verdict.
+
+    Raises:
+        UnreadableError: the last "answer:" is no verdict, as in thoughts that were cut off; the
+            probabilities behind it would be of other words.
+    """
+    ends = [m.end() for m in re.finditer(VERDICT_AFTER, reply.text)]
+    if not ends or not _VERDICT.match(reply.text, ends[-1]):
+        raise UnreadableError('it does not end with "Answer: yes" or "Answer: no"')
+    return yes_no_log_probs(reply)
 
 
 class YesNoJudge(JudgeReward):
@@ -76,7 +91,8 @@ class YesNoJudge(JudgeReward):
             self._queries(picture, prompt, facts)
             for picture, prompt, facts in zip(pictures, prompts, context, strict=True)
         ]
-        answers = iter(self.ask([q for queries in asked for q in queries], yes_no_log_probs))
+        parse = reasoned_log_probs if self.reasoning else yes_no_log_probs
+        answers = iter(self.ask([q for queries in asked for q in queries], parse))
         return [self._row([next(answers) for _ in queries]) for queries in asked]
 
     def _queries(self, picture: Image.Image, prompt: str, facts: Mapping[str, Any]) -> list[Query]:

@@ -131,6 +131,7 @@ class Service:
                 "info": asdict(self.reward.info),
                 "identity": self.reward.identity,
                 "weights": dict(getattr(self.reward, "weights", {})),  # of a composition's parts
+                "whole_batch": bool(getattr(self.reward, "whole_batch", False)),
                 "limits": asdict(self.settings.limits),
                 "versions": {"mmalign": mmalign.__version__, **versions},
             }

@@ -67,6 +67,7 @@ class RemoteReward:
         self.info = _info(said["info"])
         self.versions: Mapping[str, Any] = said.get("versions", {})
         self.weights: Mapping[str, float] = said.get("weights", {})
+        self.whole_batch = bool(said.get("whole_batch", False))
         known = {f.name for f in fields(Limits)}
         self._limits = Limits(**{k: v for k, v in said["limits"].items() if k in known})
 

@@ -215,7 +215,10 @@ def _rows(
         return None
     if not isinstance(value, list) or not all(isinstance(v, dict) for v in value):
         raise WireError("'context' must be a list of objects, one for each sample")
-    return tuple(unpack(row, budget, tensors) for row in value)
+    try:
+        return tuple(unpack(row, budget, tensors) for row in value)
+    except RecursionError as error:
+        raise WireError("'context' is nested too deeply") from error
 
 
 def _plain(tensor: Tensor) -> Tensor:

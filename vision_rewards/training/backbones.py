@@ -119,6 +119,7 @@ class VlmBackbone:
 
     Raises:
         ConfigError: a spelling is not one token of the tokenizer and no other spelling is.
+        BackendError: the checkpoint lacks weights of the model, or has others.
     """
 
     joint = True
@@ -126,15 +127,16 @@ class VlmBackbone:
     differentiable = False
 
     def __init__(self, config: BackboneConfig) -> None:
-        from transformers import AutoModelForImageTextToText, AutoProcessor
+        from transformers import AutoProcessor
+
+        from vision_rewards.judge.local import load_model
 
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[config.dtype]
         self.config = config
         self.processor: Any = AutoProcessor.from_pretrained(config.checkpoint)
-        model: Any = AutoModelForImageTextToText.from_pretrained(config.checkpoint, dtype=dtype)
-        self.network: Any = model.eval().requires_grad_(False)
+        self.network: Any = load_model(config.checkpoint, dtype)
         self.words = self._words() if config.readout == "yes_no" else None
-        self.width = 1 if self.words else int(model.get_output_embeddings().weight.shape[1])
+        self.width = 1 if self.words else int(self.network.get_output_embeddings().weight.shape[1])
         self.digest = _digest(self.network, config.template, config.readout)
 
     def image(self, pictures: Sequence[Tensor], prompts: Sequence[str]) -> Tensor:
@@ -162,7 +164,9 @@ class VlmBackbone:
         raise TypeError("a vision-language backbone has no text features of their own")
 
     def _text(self, prompt: str) -> str:
-        said = self.config.template.replace("{prompt}", prompt)
+        from vision_rewards.judge.local import without_marks
+
+        said = self.config.template.replace("{prompt}", without_marks(prompt, self.processor))
         if not getattr(self.processor, "chat_template", None):
             return f"{getattr(self.processor, 'image_token', '<image>')}{said}"
         content = [{"type": "image"}, {"type": "text", "text": said}]

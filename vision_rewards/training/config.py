@@ -58,7 +58,8 @@ class HeadConfig:
 
     ``kind``: ``linear``; ``mlp``, two layers with SiLU between (BaseReward); ``cosine`` of image
     and prompt through residual projections that begin as the identity; ``ideal_point`` (PAL), one
-    taste for each annotator as a mixture of ``prototypes``; ``scale``, a line through a yes/no
+    taste for each annotator as a mixture of ``prototypes``, which are ``ideal="fixed"`` (PAL-A) or
+    functions of the prompt (PAL-B; with ``distance="dot"``); ``scale``, a line through a yes/no
     read-out. ``auto`` is ``mlp``, or ``scale`` for that read-out. ``features``: the image's alone,
     or ``product``: image, text and their element-wise product. ``hidden`` 0 means as wide as the
     input. ``cold_start`` is the taste of an annotator never seen: ``uniform`` over the prototypes,
@@ -72,12 +73,15 @@ class HeadConfig:
     standardise_inputs: bool = True
     prototypes: int = 4
     dim: int = 32
-    distance: Literal["euclidean", "angle"] = "euclidean"
+    distance: Literal["euclidean", "angle", "dot"] = "euclidean"
+    ideal: Literal["fixed", "prompt"] = "fixed"
     cold_start: Literal["uniform", "mean"] = "uniform"
 
     def __post_init__(self) -> None:
         for name, low in (("hidden", 0), ("prototypes", 1), ("dim", 1)):
             _at_least(f"head.{name}", getattr(self, name), low)
+        if self.ideal == "prompt" and self.kind != "ideal_point":
+            raise ConfigError(f"head.ideal 'prompt' needs kind 'ideal_point', got {self.kind!r}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"head.dropout is {self.dropout}; it must lie in [0, 1)")
 

@@ -118,8 +118,10 @@ class IdealPointHead(nn.Module):
 
     ``f`` is a two-layer projector of the feature vector to ``dim``, ``P`` are K prototypes in the
     space of the feature vector and ``w_u = softmax(logits_u)`` mixes them for annotator ``u``:
-    ``a_u = sum_k w_uk f(P_k)``. The score is ``-|f(x) - a_u|``, or, with ``distance="angle"``,
-    the cosine of the two times a learned scale of at most 100.
+    ``a_u = sum_k w_uk f(P_k)`` (PAL-A). With ``ideal="prompt"`` they depend on the prompt:
+    ``a_u = sum_k w_uk g_k(prompt)``, all ``g_k`` from one network of two layers (PAL-B). The
+    score is ``-|f(x) - a_u|``; with ``distance="angle"`` the cosine of the two times a learned
+    scale of at most 100; with ``distance="dot"``, which PAL-B uses, ``<f(x), a_u>``.
 
     Attributes:
         logits: ``(U, K)``, one row for each annotator of training.
@@ -130,7 +132,11 @@ class IdealPointHead(nn.Module):
         self.config = config
         self.inputs = FeatureVector(width, product)
         self.net = _two_layers(self.inputs.width, config.dim, config)
-        self.prototypes = nn.Parameter(torch.randn(config.prototypes, self.inputs.width))
+        self.prompts: nn.Module | None = None
+        if config.ideal == "prompt":
+            self.prompts = _two_layers(width, config.prototypes * config.dim, config)
+        else:
+            self.prototypes = nn.Parameter(torch.randn(config.prototypes, self.inputs.width))
         # Equal rows would get equal gradients from prototypes that have not yet parted.
         self.logits = nn.Parameter(0.1 * torch.randn(users, config.prototypes))
         self.log_scale = nn.Parameter(torch.tensor(math.log(10.0)))
@@ -142,7 +148,8 @@ class IdealPointHead(nn.Module):
         if self.config.cold_start == "mean" and len(known):
             unseen = known.mean(0, keepdim=True)
         else:
-            unseen = torch.full_like(self.prototypes[:, 0], 1 / len(self.prototypes))[None]
+            count = self.config.prototypes
+            unseen = self.logits.new_full((1, count), 1 / count)
         return torch.cat([unseen, known])[user + 1]
 
     def forward(self, features: Features, user: Tensor | None = None) -> Prediction:
@@ -154,12 +161,22 @@ class IdealPointHead(nn.Module):
     def score_with(self, features: Features, weights: Tensor) -> Prediction:
         """Scores by mixture weights ``(B, K)``, or ``(1, K)`` for all."""
         x = self.net(self.inputs(features))
-        ideal = weights @ self.net(self.prototypes)
+        ideal = self._ideal(features, weights)
+        if self.config.distance == "dot":
+            return Prediction((x * ideal).sum(-1))
         if self.config.distance == "angle":
             scale = self.log_scale.exp().clamp(max=100.0)
             return Prediction(scale * F.cosine_similarity(x, ideal, dim=-1))
         # The distance has no gradient at 0; a tiny floor keeps it finite.
         return Prediction(-torch.sqrt(((x - ideal) ** 2).sum(-1) + 1e-12))
+
+    def _ideal(self, features: Features, weights: Tensor) -> Tensor:
+        """Ideal points ``(B, dim)``, or ``(1, dim)`` where one holds for all."""
+        if self.prompts is None:
+            return weights @ self.net(self.prototypes)
+        assert features.text is not None
+        of_prompt = self.prompts(features.text).unflatten(-1, (self.config.prototypes, -1))
+        return (weights[..., None] * of_prompt).sum(-2)
 
 
 class ScaleHead(nn.Module):
@@ -191,13 +208,20 @@ def resolve_head(config: HeadConfig, *, text: bool, readout: bool) -> HeadConfig
         raise ConfigError(f"head.kind {kind!r} does not fit: 'scale' goes with a yes_no read-out")
     features = config.features
     if features == "auto":
-        features = "product" if text else "image"
-    if not text and (features == "product" or kind == "cosine"):
+        features = "product" if text and config.ideal != "prompt" else "image"
+    resolved = replace(config, kind=kind, features=features)
+    if not text and uses_text(resolved):
         raise ConfigError(
-            f"head {kind!r} with features {features!r} needs text features of their own, which "
-            "this backbone does not give; use features 'image'"
+            f"head {kind!r} with features {features!r} and ideal {config.ideal!r} needs text "
+            "features of their own, which this backbone does not give; use features 'image' "
+            "and ideal 'fixed'"
         )
-    return replace(config, kind=kind, features=features)
+    return resolved
+
+
+def uses_text(head: HeadConfig) -> bool:
+    """Whether a head reads text features."""
+    return head.features == "product" or head.kind == "cosine" or head.ideal == "prompt"
 
 
 def build_head(

@@ -133,6 +133,7 @@ def cross_prompt(
     margin: float = 3.0,
     win_win: float = 1.0,
     smoothing: float = 0.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Mean loss (a scalar) of all pairs that single pass/fail labels give, whatever the prompt.
 
@@ -143,17 +144,27 @@ def cross_prompt(
 
     Args:
         scores: ``(B,)``. y: ``(B,)``, passed where above 0.5.
+        weight: ``(B,)``, of the samples; a pair weighs the product of its two.
 
     Returns:
         Zero (with a gradient of zero) for a batch that forms no pair.
     """
-    passed, failed = scores[y > 0.5], scores[y <= 0.5]
+    up, down = y > 0.5, y <= 0.5
+    passed, failed = scores[up], scores[down]
+    weight = torch.ones_like(scores) if weight is None else weight
     loss = scores.sum() * 0.0
     if len(passed) and len(failed):
         d = (passed[:, None] - failed[None, :]).flatten()
-        loss = loss + bradley_terry(d, torch.ones_like(d), margin, smoothing).mean()
+        each = bradley_terry(d, torch.ones_like(d), margin, smoothing)
+        loss = loss + weighted_mean(each, (weight[up][:, None] * weight[down][None, :]).flatten())
     if len(passed) > 1 and win_win:
         i, j = torch.triu_indices(len(passed), len(passed), 1, device=scores.device)
         d = passed[i] - passed[j]
-        loss = loss - win_win * (logsigmoid(d - margin) + logsigmoid(-d - margin)).mean()
+        each = -(logsigmoid(d - margin) + logsigmoid(-d - margin))
+        loss = loss + win_win * weighted_mean(each, weight[up][i] * weight[up][j])
     return loss
+
+
+def weighted_mean(each: Tensor, weight: Tensor) -> Tensor:
+    """``sum w l / sum w``, a scalar; 0 where nothing weighs anything."""
+    return (weight * each).sum() / weight.sum().clamp_min(1e-12)

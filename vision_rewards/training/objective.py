@@ -50,7 +50,7 @@ class Objective(nn.Module):
         else:
             each = self._pair(value, prediction.std, batch)
             each = each + self.config.centre * losses.centre(value)
-        return (batch.weight * each).sum() / batch.weight.sum().clamp_min(1e-12)
+        return losses.weighted_mean(each, batch.weight)
 
     def _single(self, value: Tensor, target: Tensor) -> Tensor:
         config = self.config
@@ -63,8 +63,9 @@ class Objective(nn.Module):
 
     def _cross_prompt(self, value: Tensor, batch: Batch) -> Tensor:
         config, y = self.config, batch.target[:, 0]
-        loss = losses.cross_prompt(value, y, self.margin, config.win_win, config.smoothing)
-        return loss + config.bce * losses.focal(value, y, 0.0).mean()
+        weight = batch.weight
+        loss = losses.cross_prompt(value, y, self.margin, config.win_win, config.smoothing, weight)
+        return loss + config.bce * losses.weighted_mean(losses.focal(value, y, 0.0), weight)
 
     def _pair(self, value: Tensor, std: Tensor | None, batch: Batch) -> Tensor:
         d, q = self.logit(value, std), preference(batch.target)

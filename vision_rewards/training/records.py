@@ -226,24 +226,26 @@ def pairs_of_counts(samples: Sequence[Sample], least: float = 0.05) -> tuple[Sam
     With counts ``k`` of ``n`` showings and Jeffreys' Gamma(k + 1/2) posterior of each rate, the
     label is ``q = P(rate_a > rate_b) = 1 - I_{n_a / (n_a + n_b)}(k_a + 1/2, k_b + 1/2)`` with the
     regularised incomplete beta function, so a few clicks more say little and many say much. Pairs
-    with ``|q - 1/2| < least`` carry nothing and are left out.
+    with ``|q - 1/2| < least`` carry nothing and are left out. Pairs are made within a ``user``;
+    the weight of a pair is the product of its two.
 
     Raises:
         RecordError: no pair is left.
     """
     from scipy.special import betainc
 
-    by_prompt: dict[str, list[Sample]] = {}
+    alike: dict[tuple[str, str], list[Sample]] = {}
     for sample in samples:
-        by_prompt.setdefault(sample.prompt, []).append(sample)
+        alike.setdefault((sample.prompt, sample.user), []).append(sample)
     pairs = []
-    for prompt, group in by_prompt.items():
+    for (prompt, user), group in alike.items():
         for i, a in enumerate(group):
             for b in group[i + 1 :]:
                 (ka, na), (kb, nb) = a.target, b.target
                 q = 1.0 - float(betainc(ka + 0.5, kb + 0.5, na / (na + nb)))
                 if abs(q - 0.5) >= least:
-                    pairs.append(Sample(a.images + b.images, prompt, (q, 0.0, 1.0 - q)))
+                    said, weight = (q, 0.0, 1.0 - q), a.weight * b.weight
+                    pairs.append(Sample(a.images + b.images, prompt, said, user, weight))
     if not pairs:
         raise RecordError("the counts give no pair: no prompt has two pictures that differ clearly")
     return tuple(pairs)

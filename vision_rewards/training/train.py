@@ -29,10 +29,17 @@ from vision_rewards.training.features import (
     LiveFeatures,
     picture_digests,
 )
-from vision_rewards.training.heads import CosineHead, Features, ScaleHead, build_head, resolve_head
+from vision_rewards.training.heads import (
+    CosineHead,
+    Features,
+    ScaleHead,
+    build_head,
+    resolve_head,
+    uses_text,
+)
 from vision_rewards.training.loop import Fit, Judged, Progress
 from vision_rewards.training.objective import OPEN_SCALE, Objective
-from vision_rewards.training.records import Dataset, read_records
+from vision_rewards.training.records import Dataset, Sample, read_records
 from vision_rewards.training.report import without_nan, write_report
 from vision_rewards.training.split import Split, SplitError, groups_of, refuse_overlap, split
 from vision_rewards.training.table import CellIndex, tabulate, users_of
@@ -42,7 +49,6 @@ from vision_rewards.training.trained import (
     TrainedReward,
     load_trained,
     read_card,
-    uses_text,
 )
 
 PARTS = ("train", "validation", "test")
@@ -71,11 +77,16 @@ class Prepared:
     def fingerprint(self) -> str:
         """Names all judgements and the content of all pictures."""
         rows = [
-            (part, [self.digests[i] for i in s.images], s.prompt, s.target, s.user, s.weight)
+            (part, [self.digests[i] for i in s.images], s.prompt, *_said(s))
             for part in PARTS
             for s in self.part(part).samples
         ]
         return hashlib.sha256(repr(rows).encode()).hexdigest()[:16]
+
+
+def _said(sample: Sample) -> tuple[Any, ...]:
+    """Everything in a judgement that training reads, besides pictures and prompt."""
+    return sample.target, sample.user, sample.weight, sample.margin
 
 
 def prepare(config: RewardTrainConfig) -> Prepared:

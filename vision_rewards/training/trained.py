@@ -29,7 +29,7 @@ from vision_rewards.training.backbones import (
     save_adapter,
 )
 from vision_rewards.training.config import BackboneConfig, HeadConfig
-from vision_rewards.training.heads import Features, IdealPointHead, build_head
+from vision_rewards.training.heads import Features, IdealPointHead, build_head, uses_text
 from vision_rewards.weights import load_exactly
 
 FORMAT = 1
@@ -139,8 +139,8 @@ class TrainedReward(PixelReward):
         head = self.head
         if not isinstance(head, IdealPointHead):
             raise TypeError(f"{self.card.name} has no annotators; train it with head ideal_point")
-        if logits.shape != head.prototypes.shape[:1]:
-            have, want = tuple(logits.shape), tuple(head.prototypes.shape[:1])
+        if logits.shape != head.logits.shape[1:]:
+            have, want = tuple(logits.shape), tuple(head.logits.shape[1:])
             raise ValueError(f"logits of {name!r} have shape {have}, expected {want}")
         rows = {n: head.logits[k].detach() for k, n in enumerate(self.users)}
         rows[name] = logits.detach().to(head.logits)
@@ -159,11 +159,6 @@ class TrainedReward(PixelReward):
         card = replace(self.card, checkpoint_near=_near(self.card.backbone.checkpoint, folder))
         atomic_write_json(folder / CARD, to_dict(card))
         return folder
-
-
-def uses_text(head: HeadConfig) -> bool:
-    """Whether a head reads text features."""
-    return head.kind == "cosine" or head.features == "product"
 
 
 def _info(card: Card, backbone: Backbone) -> RewardInfo:

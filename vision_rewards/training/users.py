@@ -52,12 +52,13 @@ def fit_user(
     head.to(device)
     batch = tabulate(data, index, ()).to(device)
     q = preference(batch.target)
-    logits = torch.zeros(len(head.prototypes), device=device, requires_grad=True)
+    logits = torch.zeros(head.config.prototypes, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr)
     with torch.enable_grad():
         for _ in range(steps):
             value = head.score_with(features, logits.softmax(-1)[None]).value[batch.cells]
-            loss = losses.bradley_terry(value[:, 0] - value[:, 1], q).mean()
+            each = losses.bradley_terry(value[:, 0] - value[:, 1], q)
+            loss = losses.weighted_mean(each, batch.weight)
             loss = loss + prior * logits.square().sum()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

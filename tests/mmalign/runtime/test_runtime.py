@@ -110,6 +110,28 @@ def test_attention_backend_reaches_processors_that_diffusers_skips(restore_backe
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("autocast", [True, False])
+def test_quick_math_attention_is_torchs_to_the_last_bit(autocast):
+    """Values and gradients in bf16; under autocast of fp32 too, as behind a norm."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.functional import scaled_dot_product_attention as torchs
+
+    from mmalign.runtime.device import _attention, _plain
+
+    q, k, v, back = torch.randn(4, 3, 2, 11, 24, generator=torch.Generator().manual_seed(0))
+    factors = [(t if autocast else t.bfloat16()).requires_grad_() for t in (q, k)]
+    factors.append(v.bfloat16().requires_grad_())
+    plain = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), sdpa_kernel(SDPBackend.MATH):
+        assert _plain(tuple(factors), plain)
+        pair = [call(*factors) for call in (_attention, torchs)]
+    one, two = ([o, *torch.autograd.grad(o, factors, back.bfloat16())] for o in pair)
+    assert all(a.equal(b) and a.dtype == b.dtype for a, b in zip(one, two, strict=True))
+    for asked in ({"attn_mask": torch.ones(11, 11)}, {"is_causal": True}, {"scale": 0.5}):
+        assert not _plain(tuple(factors), asked)
+    assert not _plain((q, k, v), {}) and not _plain((*factors, None), {})
+
+
 def test_native_leaves_the_model_alone(restore_backend):
     model = _tiny_sd3()
     kinds = [type(m.processor) for m in model.modules() if hasattr(m, "processor")]

@@ -96,6 +96,16 @@ def test_a_question_too_long_is_an_error_of_its_own(backend):
     assert not a.error and "128" in b.error
 
 
+def test_a_long_neighbour_cuts_no_answer(backend):
+    """Padding to the longest question leaves less room than the short one has alone."""
+    short = Query(text="red ?", max_tokens=100, temperature=1.0, seed=6)
+    long = Query(text="red " * 110, max_tokens=100)
+    (alone,) = backend.ask([short])
+    together, other = backend.ask([short, long])
+    assert together == alone and alone.tokens_out > 20
+    assert other.truncated and not other.error
+
+
 def test_a_choice_must_be_a_token(backend):
     with pytest.raises(ValueError, match="'perhaps' is no single token"):
         backend.ask([Query(text="red ?", choices=("perhaps",))])

@@ -113,6 +113,10 @@ class TestChoices:
             (["Answer", ":", "no", "Answer", ":", "yes"], "Answer:", 5),
             (["Answer", ":"], "Answer:", None),
             (["yes"], "Answer:", None),
+            (["Answer", ":", "Ċ", "yes"], "Answer:", 3),
+            (["Answer", ":", "<0x0A>", "▁yes"], "Answer:", 3),
+            (["Answer", ":", " **", '"', "no", '"'], "Answer:", 4),
+            (["Answer", ":", '"'], "Answer:", None),
         ],
     )
     def test_the_place_of_the_verdict(self, tokens, marker, index):

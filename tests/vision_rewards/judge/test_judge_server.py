@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from chat_server import serving
 
 from vision_rewards.judge.backend import Backend, BackendError, Query
 from vision_rewards.judge.cache import CachedBackend
 from vision_rewards.judge.server import OpenAIBackend, retry_after
+
+PROCESS = """
+import sys
+from vision_rewards.judge.backend import Query
+from vision_rewards.judge.cache import CachedBackend
+from vision_rewards.judge.server import OpenAIBackend
+
+cached = CachedBackend(OpenAIBackend(sys.argv[1], "tiny"), sys.argv[2])
+right = True
+for k in range(20):
+    (reply,) = cached.ask([Query(text=f"q{k}")])
+    right = right and reply.text == f"about q{k}"
+print("right" if right else "wrong")
+"""
 
 
 def solid(color, level=0.9):
@@ -191,6 +209,24 @@ def test_impossible_settings(options, message):
         OpenAIBackend(**{"base_url": "http://127.0.0.1:1/v1", "model": "m", **options})
 
 
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_the_key_follows_no_redirect(chat, monkeypatch, status):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with serving() as elsewhere:
+        chat.respond = lambda _: (status, "", {"Location": f"{elsewhere.url}/chat/completions"})
+        with pytest.raises(BackendError, match=rf"redirects to '{elsewhere.url}"):
+            backend(chat).ask([Query(text="?")])
+        assert len(chat.seen) == 1 and not elsewhere.seen
+
+
+def test_half_a_character_is_no_obstacle(chat, tmp_path):
+    chat.respond = lambda _: chat.said("fine \ud83d")
+    for _ in range(2):
+        (reply,) = CachedBackend(backend(chat), tmp_path).ask([Query(text="?")])
+        assert reply.text == "fine ?"
+    assert len(chat.seen) == 1
+
+
 class TestCache:
     """Answers on disk."""
 
@@ -259,3 +295,22 @@ class TestCache:
             assert all(texts == ["yes"] * 6 for texts in pool.map(ask, range(8)))
         assert len(list(tmp_path.rglob("*.json"))) == 3
         assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
+
+    def test_processes_share_a_folder(self, chat, tmp_path, root):
+        """Several write the same entries at once; each reads what all have written."""
+        chat.respond = lambda c: f"about {c.text}"
+        command = [sys.executable, "-c", PROCESS, chat.url, str(tmp_path)]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        running = [
+            subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE)
+            for _ in range(3)
+        ]
+        said = [p.communicate(timeout=300)[0].split() for p in running]
+        assert [p.returncode for p in running] == [0] * 3
+        assert said == [["right"]] * 3 and len(list(tmp_path.rglob("*.json"))) == 20
+        assert not [p for p in tmp_path.rglob("*") if "partial" in p.name]
+        asked = len(chat.seen)
+        late = CachedBackend(OpenAIBackend(chat.url, "tiny"), tmp_path)
+        replies = late.ask([Query(text=f"q{k}") for k in range(20)])
+        assert [r.text for r in replies] == [f"about q{k}" for k in range(20)]
+        assert len(chat.seen) == asked and late.hits == 20

@@ -5,12 +5,15 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from functools import partial
 
 import pytest
 import torch
 
 from mmalign.protocols import RewardModel
+from mmalign.scoring import score_pictures
 from mmalign.types import Media
+from vision_rewards.compositions.groups import Pareto
 from vision_rewards.factory import load_reward
 from vision_rewards.function import FunctionReward
 from vision_rewards.guard import GuardedReward, RewardFailedError, RewardUnavailableError
@@ -67,6 +70,22 @@ def test_a_composition_keeps_its_parts_and_weights(serve, kit):
     remote = RemoteReward(serve(local).url)
     assert remote.weights == local.weights
     assert_same(remote.score(kit.scenes, kit.captions), local.score(kit.scenes, kit.captions))
+
+
+def test_a_reward_of_whole_batches_is_one_over_there_too(serve, kit):
+    """Fronts of a batch are not those of its prompts: scoring must not part the batch."""
+    parts = {"a": (kit.contrast, 1.0), "b": (load_reward("jpeg_compressibility"), 1.0)}
+    for within, fits in (("prompt", True), ("batch", False)):
+        local = Pareto(parts, within=within)
+        remote = RemoteReward(serve(local).url)
+        assert remote.whole_batch == GuardedReward(remote).whole_batch == (within == "batch")
+        for reward in (local, remote):
+            call = partial(score_pictures, reward, kit.noise, list("abcde"), batch_size=2)
+            if fits:
+                assert call().value.tolist() == [1.0] * 5
+            else:
+                with pytest.raises(ValueError, match="5 pictures of all prompts"):
+                    call()
 
 
 def test_gradients_are_declared_not_to_flow(serve):

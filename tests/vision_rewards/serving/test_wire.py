@@ -195,6 +195,20 @@ def test_wrong_json_is_refused(content, words):
         decode_call(json.dumps(content).encode(), JSON, LIMITS)
 
 
+def test_contexts_nested_beyond_reason_are_refused():
+    """Deep enough for us, not deep enough for the JSON reader."""
+    for depth in (600, 900, 970):
+        context = "[" * depth + "]" * depth
+        body = f'{{"images": ["{SMALL}"], "prompts": ["a"], "context": [{{"x": {context}}}]}}'
+        try:
+            decode_call(body.encode(), JSON, LIMITS)
+        except WireError as error:
+            assert "nested too deeply" in str(error) or "recursion" in str(error)
+            break
+    else:
+        pytest.fail("a context of 970 lists in one another was read")
+
+
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("side", [101, 12_000, 50_000])
 @pytest.mark.parametrize("place", ["images", "context"])

@@ -175,6 +175,24 @@ def test_cross_prompt_by_hand() -> None:
     assert scores.grad is not None and not scores.grad.any()
 
 
+def test_weights_of_cross_prompt_pairs() -> None:
+    """A sample of weight 2 counts as if it stood there twice; one of weight 0 as if it did not."""
+    scores, y = torch.tensor([2.0, 1.0, -1.0, 0.5]), torch.tensor([1.0, 1.0, 0.0, 0.0])
+    twice = losses.cross_prompt(scores[[0, 1, 2, 3, 3]], y[[0, 1, 2, 3, 3]])
+    weighed = losses.cross_prompt(scores, y, weight=torch.tensor([1.0, 1.0, 1.0, 2.0]))
+    assert weighed.item() == pytest.approx(twice.item())
+    without = losses.cross_prompt(scores[1:], y[1:])
+    off = losses.cross_prompt(scores, y, weight=torch.tensor([0.0, 1.0, 1.0, 1.0]))
+    assert off.item() == pytest.approx(without.item())
+    objective = Objective("cross_prompt", LossConfig(bce=1.0))
+    cells, zero = torch.arange(4)[:, None], torch.zeros(4)
+    batch = Batch(
+        cells, cells >= 0, y[:, None], torch.tensor([0.0, 1, 1, 1]), zero, zero.long()
+    )  # fmt: skip
+    bce = losses.focal(scores[1:], y[1:], 0.0).mean()
+    assert objective(Prediction(scores), batch).item() == pytest.approx((without + bce).item())
+
+
 def test_the_win_win_term_pulls_passed_samples_together() -> None:
     scores = torch.tensor([3.0, -2.0], requires_grad=True)
     losses.cross_prompt(scores, torch.ones(2)).backward()

@@ -51,6 +51,17 @@ def test_other_kinds(folder: Path) -> None:
     assert [s.target for s in rankings.samples] == [(1, 2, 3), (2, 1, 3)]
 
 
+def test_counts_keep_whose_they_are_and_their_weight(folder: Path) -> None:
+    rows = [
+        {"prompt": "p", "image": image, "count": k, "views": 9, "user": user, "weight": w}
+        for image, k, user, w in (
+            ("a.png", 9, "ann", 2.0), ("b.png", 1, "ann", 3.0), ("c.png", 1, "bob", 1.0)
+        )
+    ]  # fmt: skip
+    (pair,) = read(folder, *rows).samples
+    assert (pair.user, pair.weight) == ("ann", 6.0) and pair.target[0] > 0.9
+
+
 def test_counts_become_soft_pairs(folder: Path) -> None:
     def q(a: tuple[int, int], b: tuple[int, int]) -> float:
         rows = [

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mmalign.config import ConfigError
 from mmalign.types import Media
+from vision_rewards.judge.backend import BackendError
 from vision_rewards.training.backbones import VlmBackbone, last_token, load_backbone
 from vision_rewards.training.config import (
     BackboneConfig,
@@ -106,6 +109,26 @@ def test_lora_and_read_out(world: Any, write: Any, vlm_folder: Path) -> None:
         before = plain.image(list(media.data), ["star"] * 3)
         after = loaded.backbone.image(list(media.data), ["star"] * 3)
     assert not torch.allclose(before, after)
+
+
+def test_marks_of_the_model_in_a_prompt_are_text(vlm_folder: Path, world: Any) -> None:
+    backbone = VlmBackbone(vlm(vlm_folder))
+    pictures = read_pictures([world[0].path])
+    with torch.no_grad():
+        plain = backbone.image(pictures, ["red star"])
+        marked = backbone.image(pictures, ["red <image> <pad> star"])
+    torch.testing.assert_close(plain, marked)
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(vlm_folder: Path, tmp_path: Path) -> None:
+    """Weights that were not loaded would be random, and the features with them."""
+    shutil.copytree(vlm_folder, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in weights if "layers.1.mlp.up_proj" in name)
+    save_file({n: w for n, w in weights.items() if n != lost}, file, {"format": "pt"})
+    with pytest.raises(BackendError, match="up_proj"):
+        VlmBackbone(vlm(tmp_path / "m"))
 
 
 def test_what_does_not_fit_is_refused(vlm_folder: Path, pairs_file: Path) -> None:

@@ -1,0 +1,1 @@
+"""The comparison of training methods: curves, claims decided by intervals, one page."""

@@ -1,0 +1,159 @@
+r"""Claims of papers, each decided by one interval and by nothing else.
+
+A claim compares a statistic of method ``better`` with that of ``than``.  It is *supported* where
+the whole interval of the difference lies above ``margin``, *not supported* where the whole interval
+lies below, else *undecided*.  A margin below 0 asks for no loss larger than that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from eval.methods.read import Comparison
+from eval.run_statistics import Statistic, interval_of
+from eval.statistics import Interval
+from mmalign.config import ConfigError, from_dict
+
+Word = Literal["supported", "not supported", "undecided"]
+At = Literal["end", "curve", "equal_proxy", "minimum"]
+HOW: Mapping[At, str] = {
+    "end": "at the end of the budget",
+    "curve": "mean over the points of the budget",
+    "equal_proxy": "where both have reached the same proxy",
+    "minimum": "least gain among the rewards, each in deviations of the base's pictures",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Claim:
+    """One claim.
+
+    ``at``: ``end``; ``curve``, the mean over all points after the start, which is higher for who
+    gets there with fewer evaluations; ``equal_proxy``, at the highest value of ``proxy`` that
+    both reach; ``minimum``, the least of the gains of ``parts``.
+    """
+
+    says: str
+    better: str
+    than: str
+    measure: str = "accuracy"
+    at: At = "end"
+    proxy: str = "partial"
+    parts: tuple[str, ...] = ()
+    margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        if (self.at == "minimum") != bool(self.parts):
+            raise ConfigError(
+                f"claim {self.says!r}: 'parts' belong to at: minimum, and at: minimum needs them"
+            )
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What pictures have to be judged by."""
+        if self.parts:
+            return self.parts
+        return (self.measure, self.proxy) if self.at == "equal_proxy" else (self.measure,)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """A claim with the interval of its difference and the word that follows from it."""
+
+    claim: Claim
+    interval: Interval | None
+    word: Word
+    why: str = ""
+
+
+def read_claims(claims: Sequence[Mapping[str, Any]]) -> list[Claim]:
+    """The claims of a table.
+
+    Raises:
+        ConfigError: an unknown key or an impossible combination.
+    """
+    return [from_dict(Claim, claim) for claim in claims]
+
+
+def decide(comparison: Comparison, claim: Claim, seed: int = 0) -> Decided:
+    """The verdict on a claim; undecided where a side has no runs or too few seeds."""
+    for side in (claim.better, claim.than):
+        if side not in comparison.methods:
+            return Decided(claim, None, "undecided", f"no finished run of {side}")
+    runs = [comparison.values(side, claim.measures) for side in (claim.better, claim.than)]
+    if any(np.isnan(r).any() for r in runs):
+        return Decided(claim, None, "undecided", "some pictures could not be judged")
+    found = interval_of(statistic_of(claim, runs[0]), runs, comparison.pictures, seed=seed)
+    why = "" if found.defined else "takes two seeds of each side"
+    return Decided(claim, found, verdict(found, claim.margin), why)
+
+
+def verdict(interval: Interval, margin: float = 0.0) -> Word:
+    """What an interval of a difference says about "larger than the margin"."""
+    if interval.defined and interval.low > margin:
+        return "supported"
+    return "not supported" if interval.defined and interval.high < margin else "undecided"
+
+
+def gain(comparison: Comparison, name: str, measure: str = "accuracy") -> Interval:
+    """End minus start of a method, over its seeds, on the same pictures."""
+    return interval_of(_gain, [comparison.values(name, (measure,))], comparison.pictures)
+
+
+def statistic_of(claim: Claim, values: np.ndarray) -> Statistic:
+    """The difference that a claim is about; ``values`` ``(S, P, K, Q)`` give units to its parts."""
+    if claim.at == "minimum":
+        return _least_gain(values[0, 0].std(0))
+    return {"end": _end, "curve": _curve, "equal_proxy": _at_equal_proxy}[claim.at]
+
+
+def _mean(cells: np.ndarray) -> np.ndarray:
+    """``(R, P, Q)``: over seeds and tasks."""
+    return np.asarray(cells.mean((1, 2)))
+
+
+def _gain(cells: np.ndarray) -> np.ndarray:
+    found = _mean(cells)
+    return np.asarray(found[:, -1, 0] - found[:, 0, 0])
+
+
+def _end(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray(_mean(a)[:, -1, 0] - _mean(b)[:, -1, 0])
+
+
+def _curve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return np.asarray((_mean(a) - _mean(b))[:, 1:, 0].mean(1))
+
+
+def _at_equal_proxy(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    one, two = _mean(a), _mean(b)
+    # A proxy may fall again: a level counts as reached the first time.
+    reached = [np.maximum.accumulate(m[..., 1], 1) for m in (one, two)]
+    level = np.minimum(reached[0][:, -1], reached[1][:, -1])
+    return _when(reached[0], level, one[..., 0]) - _when(reached[1], level, two[..., 0])
+
+
+def _when(rising: np.ndarray, level: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``values`` ``(R, P)``, interpolated to where ``rising`` ``(R, P)`` first reaches a level."""
+    rows = np.arange(len(level))
+    after = (rising >= level[:, None]).argmax(1)
+    before = np.maximum(after - 1, 0)
+    low, high = rising[rows, before], rising[rows, after]
+    span = high - low
+    share = np.where(span > 0, (level - low) / np.where(span > 0, span, 1.0), 1.0)
+    return np.asarray(values[rows, before] * (1 - share) + values[rows, after] * share)
+
+
+def _least_gain(units: np.ndarray) -> Statistic:
+    """``units`` ``(Q,)``: what one deviation of each part is; a part without spread counts raw."""
+    scale = np.where(units > 0, units, 1.0)
+
+    def statistic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        gains = [((m[:, -1] - m[:, 0]) / scale).min(1) for m in (_mean(a), _mean(b))]
+        return np.asarray(gains[0] - gains[1])
+
+    return statistic

@@ -1,0 +1,126 @@
+"""The tables of a comparison as Markdown, put between two marks of a page of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from eval.charts import number
+from eval.html import duration, percent, points
+from eval.methods.claims import HOW, Decided
+from eval.methods.summary import Line, Summary
+from eval.statistics import Interval
+from mmalign.runtime.files import atomic_write_text
+
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+
+
+def write_markdown(summary: Summary, path: Path | str) -> Path:
+    """Put the tables between the marks of a file, or into a new file.
+
+    Raises:
+        ValueError: the file exists and lacks the marks.
+    """
+    path = Path(path)
+    text = f"{BEGIN}\n\n{tables(summary)}\n{END}\n"
+    if path.is_file():
+        held = path.read_text(encoding="utf-8")
+        if held.count(BEGIN) != 1 or held.count(END) != 1:
+            raise ValueError(f"{path} needs one line {BEGIN!r} and one {END!r} to write between")
+        top, rest = held.split(BEGIN)
+        text = top + text.rstrip("\n") + rest.split(END)[1]
+    atomic_write_text(path, text)
+    return path
+
+
+def tables(summary: Summary) -> str:
+    """What was run, the methods and the claims."""
+    parts = [
+        basis(summary) + "\n",
+        _table(METHOD_HEAD, (method_cells(line) for line in summary.lines)),
+        _table(CLAIM_HEAD, (claim_cells(d) for d in summary.decided)) if summary.decided else "",
+        unfinished(summary),
+    ]
+    return "\n".join(p for p in parts if p)
+
+
+METHOD_HEAD = (
+    "method", "accuracy", "gain, points", "gains over the base", "above the reference", "updates",
+    "NFE", "time", "trained reward, held out",
+)  # fmt: skip
+VERDICT = METHOD_HEAD.index("gains over the base")
+CLAIM_HEAD = ("claim", "compared", "measure", "difference", "95 % interval", "verdict")
+
+
+def basis(summary: Summary) -> str:
+    """One paragraph on what the numbers stand on."""
+    c = summary.comparison
+    seeds = ", ".join(map(str, c.table["seeds"]))
+    return (
+        f"{len(c.methods)} rows, seeds {seeds}, {c.table['nfe']:,} network evaluations a run, "
+        f"{c.table['threads']} thread(s) a run; accuracy is the strict verdict on "
+        f"{len(c.pictures.tasks)} held-out pictures, mean over tasks, with 95 % intervals over "
+        "seeds and prompts."
+    )
+
+
+def unfinished(summary: Summary) -> str:
+    """Which runs are not in the tables, and why; empty where all are."""
+    said = [
+        f"{r['method']} (seed {r['seed']}): {r['state']}{', ' + r['error'] if r['error'] else ''}"
+        for r in summary.comparison.unfinished
+    ]
+    return f"Runs that are not in these tables: {'; '.join(said)}.\n" if said else ""
+
+
+def method_cells(line: Line) -> tuple[str, ...]:
+    """One row of the table of methods."""
+    runs = line.runs
+    above = "–" if line.improvement is None else ranged(line.improvement, percent)
+    return (
+        runs.title,
+        ranged(line.accuracy, percent),
+        ranged(line.gain, points),
+        line.word,
+        above,
+        f"{runs.mean('updates'):.0f}",
+        f"{runs.mean('nfe'):,.0f}",
+        duration(runs.mean("seconds")),
+        "; ".join(f"{m} {number(a)} → {number(b)}" for m, a, b in line.proxies),
+    )
+
+
+def claim_cells(found: Decided) -> tuple[str, ...]:
+    """One row of the table of claims."""
+    claim, interval = found.claim, found.interval
+    show = points if claim.measure == "accuracy" and claim.at != "minimum" else _signed
+    margin = f", margin {show(claim.margin)}" if claim.margin else ""
+    measure = " and ".join(claim.parts) or claim.measure
+    sides = f"{claim.better} − {claim.than}"
+    if interval is None:
+        return (claim.says, sides, f"{measure}, {HOW[claim.at]}{margin}", "–", "–", _word(found))
+    span = f"[{show(interval.low)}, {show(interval.high)}]" if interval.defined else "–"
+    how = f"{measure}, {HOW[claim.at]}{margin}"
+    return (claim.says, sides, how, show(interval.mean), span, _word(found))
+
+
+def ranged(interval: Interval, show: object = percent) -> str:
+    """Such as ``52.1 % [48.0, 56.2]``."""
+    assert callable(show)
+    if not interval.defined:
+        return f"{show(interval.mean)}"
+    low, high = (points(v, sign=False) for v in (interval.low, interval.high))
+    return f"{show(interval.mean)} [{low}, {high}]"
+
+
+def _word(found: Decided) -> str:
+    return f"{found.word} ({found.why})" if found.why else found.word
+
+
+def _signed(value: float) -> str:
+    return ("+" if value > 0 else "") + number(value)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(c.replace('|', '/') for c in row)} |\n" for row in lines)

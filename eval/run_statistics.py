@@ -1,0 +1,157 @@
+r"""Intervals over training runs: few seeds, many pictures, every run judged on the same pictures.
+
+Two things are random in a mean over the runs of a method: the seed of the training and the prompts
+that were asked for.  Each is resampled by itself, in strata: seeds within each method, prompts
+within each task, with the same draw of prompts for all methods, which pairs them.  A replicate of a
+statistic is
+
+.. math:: \hat\theta + c\,(\theta_\text{seeds} - \hat\theta)
+          + f\,(\theta_\text{prompts} - \hat\theta).
+
+* Draws take ``n - 1`` of ``n`` units, which makes the variance of a mean unbiased, as in
+  :mod:`eval.statistics`.
+* ``c`` is Student's quantile over the normal one, with the seeds' degrees of freedom: three seeds
+  know little about their own spread, and a plain percentile interval of them is too narrow
+  (Hesterberg 2015, "What teachers should know about the bootstrap").
+* The noise of single pictures shows up in both parts.  ``f`` removes it from the second: with
+  ``V`` the variance over prompts of the statistic of all seeds and ``V_1`` that of single seeds,
+  the noise's share of ``V`` is ``(V_1 - V) / (S - 1)``, and ``f^2 = 1 - (V_1 - V) / ((S - 1) V)``.
+
+The interquartile mean and the probability of improvement are those of Agarwal et al. (2108.13264),
+who resample the runs of each task by itself; here a run covers all tasks and is drawn as a whole.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from eval.statistics import MIN_CLUSTERS, Interval
+
+# One array (R, S, T, P, Q) for each method: replicates, seeds, tasks, points, measures -> (R,).
+Statistic = Callable[..., np.ndarray]
+SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """What every run is judged on: the task and the prompt of each of ``K`` pictures."""
+
+    tasks: tuple[str, ...]
+    prompts: tuple[str, ...]
+
+    def strata(self) -> list[np.ndarray]:
+        """Picture numbers of each task, in order of appearance."""
+        names = list(dict.fromkeys(self.tasks))
+        return [np.flatnonzero([t == name for t in self.tasks]) for name in names]
+
+    def draw(self, samples: int, rng: np.random.Generator) -> np.ndarray:
+        """Weights ``(samples, K)`` that sum to 1 in each task; NaN where a task has one picture."""
+        weights = np.full((samples, len(self.tasks)), math.nan)
+        for own in self.strata():
+            distinct, codes = np.unique([self.prompts[k] for k in own], return_inverse=True)
+            if len(distinct) < MIN_CLUSTERS:  # as in eval.statistics: too few prompts to resample
+                codes = np.arange(len(own))
+            units = int(codes.max()) + 1
+            if units > 1:
+                times = rng.multinomial(units - 1, np.full(units, 1 / units), samples)
+                picked = times[:, codes].astype(float)
+                weights[:, own] = picked / picked.sum(1, keepdims=True)
+        return weights
+
+    def cells(self, values: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:
+        """Task means ``(R, S, T, P, Q)`` of ``(S, P, K, Q)`` values; plain ones without weights."""
+        if weights is None:
+            means = [values[:, :, own].mean(2) for own in self.strata()]
+            return np.stack(means, 1)[None]
+        found = [np.einsum("rk,spkq->rspq", weights[:, own], values[:, :, own], optimize=True)
+                 for own in self.strata()]  # fmt: skip
+        return np.stack(found, 2)
+
+
+def interval_of(
+    statistic: Statistic,
+    runs: Sequence[np.ndarray],
+    pictures: Pictures,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval:
+    """A statistic of one or more methods with its interval over seeds and prompts.
+
+    Args:
+        statistic: see :data:`Statistic`.
+        runs: ``(S, P, K, Q)`` of each method; the numbers of seeds may differ.
+        bounds: what the statistic cannot leave, such as 0 and 1 for a share.
+
+    A method with a single seed leaves the interval undefined: nothing is known of its spread.
+    """
+    rng = np.random.default_rng(seed)
+    point = [pictures.cells(r) for r in runs]
+    mean = float(statistic(*point)[0])
+    sizes = (sum(r.shape[0] * r.shape[2] for r in runs), len(set(pictures.prompts)))
+    freedom = sum(len(r) - 1 for r in runs)
+    if min(map(len, runs)) < 2:
+        return Interval(mean, math.nan, math.nan, *sizes, "none", level)
+    seeds = statistic(*[_redrawn(cells[0], samples, rng) for cells in point]) - mean
+    weights = pictures.draw(samples, rng)
+    prompts = statistic(*[pictures.cells(r, weights) for r in runs]) - mean
+    alone = [
+        statistic(*[pictures.cells(r[s : s + 1], weights) for r in runs]).var()
+        for s in range(min(map(len, runs)))
+    ]
+    widen = stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2)
+    drawn = mean + widen * seeds + _own_share(prompts.var(), alone) * prompts
+    if not np.isfinite(drawn).all():
+        return Interval(mean, math.nan, math.nan, *sizes, "none", level)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).clip(*bounds)
+    return Interval(mean, min(float(low), mean), max(float(high), mean), *sizes, "prompt", level)
+
+
+def _redrawn(cells: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
+    """``(S, ...)`` with ``S - 1`` seeds drawn anew for each replicate: ``(R, S - 1, ...)``."""
+    return np.asarray(cells[rng.integers(len(cells), size=(samples, len(cells) - 1))])
+
+
+def _own_share(together: float, alone: Sequence[float]) -> float:
+    """``f``: what of the spread over prompts is not the noise of single pictures."""
+    if together <= 0 or not math.isfinite(together):
+        return 1.0
+    noise = (float(np.mean(alone)) - together) / (len(alone) - 1)
+    return math.sqrt(min(1.0, max(0.0, 1 - noise / together)))
+
+
+def iqm(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half along the last axis; order statistics on the edge count in part."""
+    n = values.shape[-1]
+    at = np.arange(n)
+    weights = np.clip(np.minimum(at + 1, 0.75 * n) - np.maximum(at, 0.25 * n), 0, None)
+    return np.asarray(np.sort(values, -1) @ weights / (n / 2))
+
+
+def end_iqm(measure: int = 0) -> Statistic:
+    """Interquartile mean over seeds x tasks at the last point."""
+
+    def statistic(cells: np.ndarray) -> np.ndarray:
+        return iqm(cells[..., -1, measure].reshape(len(cells), -1))
+
+    return statistic
+
+
+def end_improvement(measure: int = 0) -> Statistic:
+    """Probability, mean over tasks, that a run of the first method ends above one of the second.
+
+    Ties count one half.
+    """
+
+    def statistic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        one, two = a[:, :, None, :, -1, measure], b[:, None, :, :, -1, measure]
+        return np.asarray(((one > two) + 0.5 * (one == two)).mean((1, 2, 3)))
+
+    return statistic

@@ -1,0 +1,257 @@
+"""A comparison on disk with known numbers: curves, claims, verdicts, page and tables."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eval.methods.claims import Claim, decide, gain, read_claims, statistic_of, verdict
+from eval.methods.judges import measured
+from eval.methods.markdown import BEGIN, END, tables, write_markdown
+from eval.methods.page import comparison_page
+from eval.methods.read import read_comparison
+from eval.methods.summary import Summary
+from eval.result import EvalResult, Row, summarise
+from eval.statistics import Interval
+from mmalign.config import ConfigError
+
+PROMPTS, BUDGET = 24, 900
+# Accuracy of each method at 0, 300, 600 and 900 evaluations.
+CURVES = {
+    "base": (0.3, 0.3, 0.3, 0.3),
+    "early": (0.3, 0.8, 0.8, 0.8),
+    "late": (0.3, 0.3, 0.4, 0.8),
+}
+
+
+def result(folder: Path, share: float, rng: np.random.Generator, proxy: float) -> None:
+    """An evaluation of two tasks in which ``share`` of the pictures is right, up to chance."""
+    rows = []
+    for k in range(PROMPTS):
+        task = "colors" if k < PROMPTS // 2 else "counting"
+        picture = folder / "images" / f"p{k}.png"
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((32, 32, 3), 8 * k, np.uint8)).save(picture)
+        right = float(k % 12 < round(12 * share) + rng.integers(-1, 2))
+        rows.append(
+            Row(
+                key=f"p{k}",
+                prompt=f"a photo of {k}",
+                task=task,
+                sample=0,
+                seed=k,
+                value=right,
+                valid=True,
+                partial=proxy,
+                image=f"images/p{k}.png",
+            )
+        )
+    by_task, overall = summarise(rows)
+    EvalResult(
+        benchmark="shapes",
+        version="1",
+        label=folder.name,
+        policy="p",
+        settings={},
+        rows=tuple(rows),
+        tasks=by_task,
+        overall=overall,
+    ).save(folder / "result.json")
+
+
+def run(folder: Path, curve: tuple[float, ...], seed: int) -> None:
+    """A finished run of nine steps of 100 evaluations and 2 seconds each."""
+    for point, share in enumerate(curve):
+        spot = {0: "before", 3: "after"}.get(point, f"step_{3 * point:06d}")
+        # The base is the same for all, so it is evaluated with the same noise.
+        rng = np.random.default_rng(seed * 100 + point if point else 0)
+        result(folder / "eval" / spot, share, rng, proxy=0.5 + 0.1 * point)
+    log = [{"step": s, "nfe": 100 * s, "seconds": 2.0 * s} for s in range(1, 10)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+    ended = {"steps": 9, "nfe": 900, "seconds": 18.0, "finished": True}
+    (folder / "run.json").write_text(json.dumps(ended))
+
+
+CLAIMS = [
+    {"says": "late beats doing nothing", "better": "late", "than": "base"},
+    {"says": "doing nothing beats late", "better": "base", "than": "late"},
+    {"says": "early ends above late", "better": "early", "than": "late"},
+    {"says": "early needs fewer", "better": "early", "than": "late", "at": "curve"},
+    {"says": "about nobody", "better": "early", "than": "gone"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three methods of three seeds, and a run that failed."""
+    out = tmp_path_factory.mktemp("comparison")
+    runs = []
+    for name, curve in CURVES.items():
+        for seed in (0, 1, 2):
+            run(out / name / f"seed_{seed}", curve, seed + 10 * len(runs))
+            runs.append(
+                {
+                    "method": name,
+                    "seed": seed,
+                    "folder": f"{name}/seed_{seed}",
+                    "state": "finished",
+                    "error": "",
+                }
+            )
+    runs.append(
+        {
+            "method": "gone",
+            "seed": 0,
+            "folder": "gone/seed_0",
+            "state": "failed",
+            "error": "no <such> policy",
+        }
+    )
+    rows = {
+        n: {
+            "title": n.title(),
+            "proxies": ["partial"],
+            "control": n == "base",
+            "claim": f"what {n} says",
+            "paper": "0000.00000",
+        }
+        for n in (*CURVES, "gone")
+    }
+    table = {
+        "nfe": BUDGET,
+        "points": 3,
+        "seeds": [0, 1, 2],
+        "reference": "base",
+        "threads": 1,
+        "methods": rows,
+        "claims": CLAIMS,
+        "runs": runs,
+    }
+    (out / "comparison.json").write_text(json.dumps(table))
+    return out
+
+
+def test_curves_are_read_at_equal_parts_of_the_budget(folder):
+    comparison = read_comparison(folder)
+    assert list(comparison.methods) == list(CURVES)
+    values = comparison.values("early", ("accuracy", "partial"))
+    assert values.shape == (3, 4, PROMPTS, 2)
+    assert values[..., 1].mean((0, 2)) == pytest.approx([0.5, 0.6, 0.7, 0.8])
+    assert comparison.seconds("early") == pytest.approx([0, 6, 12, 18])
+    first = comparison.methods["early"].runs[0].results[1]
+    assert values[0, 1, :, 0].tolist() == [r.value for r in first.rows]
+
+
+def test_points_between_evaluations_are_interpolated(folder):
+    comparison = read_comparison(folder)
+    comparison.table = {**comparison.table, "points": 6}
+    values = comparison.values("late")[..., 0]
+    assert values[:, 1] == pytest.approx((values[:, 0] + values[:, 2]) / 2)
+
+
+def test_verdicts_follow_from_the_interval_alone(folder):
+    comparison = read_comparison(folder)
+    found = [decide(comparison, c).word for c in read_claims(CLAIMS)]
+    assert found == ["supported", "not supported", "undecided", "supported", "undecided"]
+    assert "gone" in decide(comparison, read_claims(CLAIMS)[4]).why
+    strict = Claim(says="by far", better="late", than="base", margin=0.9)
+    assert decide(comparison, strict).word == "not supported"
+    assert verdict(gain(comparison, "early")) == "supported"
+    assert verdict(gain(comparison, "base")) == "undecided"
+
+
+def test_words_at_the_edges():
+    def word(low: float, high: float, margin: float = 0.0) -> str:
+        return verdict(Interval((low + high) / 2, low, high, 1), margin)
+
+    assert word(0.1, 0.2) == "supported" and word(-0.2, -0.1) == "not supported"
+    assert word(-0.1, 0.1) == "undecided" and word(0.0, 0.0) == "undecided"
+    assert word(-0.01, 0.05, margin=-0.02) == "supported"
+    assert word(float("nan"), float("nan")) == "undecided"
+
+
+def cells(*points: tuple[float, ...]) -> np.ndarray:
+    """``(1, 1, 1, P, Q)``: one method whose measures are known at every point."""
+    return np.array(points, float)[None, None, None]
+
+
+def test_statistics_by_hand():
+    def value(a, b, **claim) -> float:
+        made = Claim(says="s", better="a", than="b", **claim)
+        units = np.stack([np.zeros((4, 2)), np.full((4, 2), 2.0)]).reshape(1, 1, 8, 2)
+        return float(statistic_of(made, units)(a, b)[0])
+
+    a, b = cells((0, 0), (4, 1), (6, 2)), cells((0, 0), (1, 2), (7, 4))
+    assert value(a, b) == pytest.approx(-1)
+    assert value(a, b, at="curve") == pytest.approx((4 + 6 - 1 - 7) / 2)
+    # a ends at proxy 2, which b has reached at its second point, worth 1.
+    assert value(a, b, at="equal_proxy") == pytest.approx(6 - 1)
+    early = cells((0, 0), (3, 4), (9, 4))  # proxy 4 first at the second point; b at its last
+    assert value(early, b, at="equal_proxy") == pytest.approx(3 - 7)
+    half = cells((0, 0), (4, 1))  # b at proxy 1 lies half way to its second point
+    assert value(half, cells((0, 0), (1, 2)), at="equal_proxy") == pytest.approx(4 - 0.5)
+    # Parts with deviation 1: gains 6 and 2 against 7 and 4.
+    assert value(a, b, at="minimum", parts=("x", "y")) == pytest.approx(2 - 4)
+
+
+def test_claims_that_make_no_sense_are_refused():
+    with pytest.raises(ConfigError, match="measur"):
+        read_claims([{**CLAIMS[0], "measur": "accuracy"}])
+    with pytest.raises(ConfigError, match="parts"):
+        read_claims([{**CLAIMS[0], "at": "minimum"}])
+
+
+def test_a_run_judged_on_other_pictures_is_named(folder, tmp_path):
+    import shutil
+
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "late/seed_1/eval/after/result.json"
+    data = json.loads(path.read_text())
+    data["rows"] = data["rows"][1:]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="late/seed_1/eval/after"):
+        _ = read_comparison(tmp_path).pictures
+
+
+def test_further_judges_see_the_kept_pictures_once(folder):
+    found = read_comparison(folder).methods["early"].runs[0].results[0]
+    sizes = measured(found, "jpeg_compressibility")
+    assert sizes.shape == (PROMPTS,) and np.isfinite(sizes).all() and (sizes < 0).all()
+    kept = found.folder / "judges.json"
+    written = kept.stat().st_mtime_ns
+    assert measured(found, "jpeg_compressibility").tolist() == sizes.tolist()
+    assert kept.stat().st_mtime_ns == written
+    spoilt = json.loads(kept.read_text())
+    spoilt["jpeg_compressibility"]["identity"] = "another version"
+    spoilt["jpeg_compressibility"]["values"]["p0"] = 99.0
+    kept.write_text(json.dumps(spoilt))
+    assert measured(found, "jpeg_compressibility").tolist() == sizes.tolist()
+
+
+def test_page_and_tables(folder, tmp_path):
+    summary = Summary(read_comparison(folder))
+    assert [ln.runs.name for ln in summary.lines][-1] == "base"  # controls come last
+    text = comparison_page(summary, tmp_path / "page.html").read_text()
+    assert "<script" not in text and "http" not in text.replace("http-equiv", "")
+    assert "no &lt;such&gt; policy" in text and "data:image/png" in text
+    for said in ("not supported", "undecided", "what early says"):
+        assert said in text
+    said = tables(summary)
+    assert said.count("| supported |") >= 4 and "gone (seed 0): failed" in said
+    assert "| 9 | 900 | 18.0 s | partial 0.5 → 0.8 |" in said
+
+
+def test_markdown_goes_between_its_marks(folder, tmp_path):
+    summary, path = Summary(read_comparison(folder)), tmp_path / "doc.md"
+    path.write_text(f"# Title\n\n{BEGIN}\nold\n{END}\n\nEnd.\n")
+    once = write_markdown(summary, path).read_text()
+    assert once.startswith("# Title\n") and once.endswith("\n\nEnd.\n") and "old" not in once
+    assert write_markdown(summary, path).read_text() == once
+    path.write_text("no marks")
+    with pytest.raises(ValueError, match="results"):
+        write_markdown(summary, path)
+    assert path.read_text() == "no marks"

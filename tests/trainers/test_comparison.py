@@ -1,0 +1,197 @@
+"""Equal compute: the budget of a run, the table of methods, and the runner with real processes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.in_training import evaluate_in_training
+from mmalign.config import ConfigError
+from mmalign.registry import UnknownNameError
+from mmalign.runtime.log import read_jsonl
+from trainers import entry
+from trainers.comparison.runner import plan, run_all, state_of
+from trainers.comparison.table import Method, Table, choose, read_table
+
+STEP = 40  # evaluations of a step of the cheap recipe: 8 images, 3 steps, 2 of them trained
+
+
+# --- the budget of a run -----------------------------------------------------------------------
+
+
+def evaluated(labels: list[str], fail_at: str = ""):
+    """An evaluation that only notes its label; it dies at one of them."""
+
+    def evaluate(policy, config, folder, label):
+        labels.append(label)
+        if label == fail_at:
+            raise KeyboardInterrupt
+
+    return evaluate
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(1, 1), (STEP, 1), (95, 2), (105, 3), (10**6, 3)])
+def test_a_run_ends_nearest_to_its_budget(kit, tmp_path, budget, steps):
+    config = kit.cheap(tmp_path, max_nfe=budget)
+    log = read_jsonl(entry.train(config, reward=kit.brightness) / "metrics.jsonl")
+    assert [r["nfe"] for r in log] == [STEP * (k + 1) for k in range(steps)]
+    ended = json.loads((tmp_path / "run.json").read_text())
+    assert ended["finished"] and ended["nfe"] == STEP * steps
+
+
+def test_evaluations_every_so_many_evaluations_survive_a_kill(kit, tmp_path):
+    config = kit.cheap(
+        tmp_path / "a", steps=5, save_every=1, max_nfe=5 * STEP, evaluation__every_nfe=2 * STEP - 5
+    )
+    whole: list[str] = []
+    entry.train(config, reward=kit.brightness, evaluate=evaluated(whole))
+    # Multiples at 75 and 150 are passed at 80 and 160; 225 lies beyond the budget.
+    assert whole == ["before", "step_000002", "step_000004", "after"]
+    again = replace(config, output_dir=str(tmp_path / "b"))
+    cut: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        entry.train(again, reward=kit.brightness, evaluate=evaluated(cut, "step_000002"))
+    rest: list[str] = []
+    entry.train(again, reward=kit.brightness, evaluate=evaluated(rest))
+    assert rest == ["step_000002", "step_000004", "after"]
+    more: list[str] = []
+    larger = replace(again, max_nfe=7 * STEP, steps=7)
+    entry.train(larger, reward=kit.brightness, evaluate=evaluated(more))
+    assert more == ["step_000006", "after"]
+
+
+def test_a_negative_budget_is_refused(kit, tmp_path):
+    with pytest.raises(ConfigError, match="max_nfe"):
+        kit.cheap(tmp_path, max_nfe=-1)
+
+
+# --- the table ---------------------------------------------------------------------------------
+
+
+def test_every_shipped_row_is_a_run_that_could_start():
+    table = read_table()
+    runs = plan(table)
+    assert len(runs) == len(table.methods) * len(table.seeds) and len(table.methods) >= 20
+    assert len({run.folder for run in runs}) == len(runs)
+    assert {run.seed for run in runs[: len(table.methods)]} == {table.seeds[0]}
+    for run in runs:
+        config = run.config
+        assert config.max_nfe == table.nfe and config.seed == run.seed
+        assert config.steps * config.batch * config.rollout.steps > table.nfe
+    # One base model and one set of pictures, or curves would not start at one point.
+    assert len({(r.config.policy, r.config.evaluation) for r in runs}) == 1
+    for method in table.methods.values():
+        assert method.control or (method.claim and method.paper)
+
+
+def test_choosing_rows_keeps_claims_that_can_be_decided():
+    table = choose(read_table(), ["dense_grpo", "sparse"], [7], 500)
+    assert list(table.methods) == ["dense_grpo", "sparse"] and table.reference == "dense_grpo"
+    assert [c["better"] for c in table.claims] == ["dense_grpo"]
+    assert (table.seeds, table.nfe) == ((7,), 500)
+    short = choose(read_table(), short=True)
+    assert len(short.seeds) == 2 and plan(short)[0].config.prompts_per_step == 2
+
+
+def test_impossible_tables_are_refused():
+    row = Method(title="t", recipe="shapes_flow_grpo")
+    fine = {"nfe": 10, "points": 1, "seeds": (0,), "reference": "a", "methods": {"a": row}}
+    with pytest.raises(UnknownNameError, match="flow_grpo"):
+        choose(read_table(), ["flow_grp"])
+    with pytest.raises(UnknownNameError, match=r"method \(than\)"):
+        Table(**fine, claims=({"says": "s", "better": "a", "than": "b"},))
+    with pytest.raises(ConfigError, match="seeds"):
+        Table(**{**fine, "seeds": (0, 0)})
+    wrong = Table(**{**fine, "methods": {"a": replace(row, overrides=("optim.lrr=1",))}})
+    with pytest.raises(ConfigError, match=r"method a: .*optim\.lr"):
+        plan(wrong)
+
+
+# --- the runner --------------------------------------------------------------------------------
+
+TINY = (
+    "policy=tiny-sd3", "prompts_per_step=2", "images_per_prompt=4", "rollout.steps=3",
+    "rollout.window_start=[0, 1]", "save_every=1", "evaluation.prompts_per_task=1",
+    "evaluation.samples_per_prompt=1", "evaluation.steps=2", "model.precision=fp32",
+)  # fmt: skip
+
+
+def tiny_table() -> Table:
+    """A method that runs, and one whose policy does not exist, which only its process finds."""
+    recipe = "shapes_flow_grpo"
+    return Table(
+        nfe=120,
+        points=2,
+        seeds=(0,),
+        reference="good",
+        overrides=TINY,
+        methods={
+            "good": Method(title="Good", recipe=recipe),
+            "bad": Method(title="Bad", recipe=recipe, overrides=("policy=no-such-policy",)),
+        },
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict]:
+    """Both methods with one seed, run two at a time; the first was cut short after a step."""
+    out = tmp_path_factory.mktemp("comparison")
+    torch.set_num_threads(1)
+    run = plan(tiny_table())[0]
+    part = replace(run.config, steps=1, output_dir=str(out / run.folder))
+    entry.train(part, evaluate=evaluate_in_training)
+    ended = out / run.folder / "run.json"
+    ended.write_text(json.dumps({**json.loads(ended.read_text()), "finished": False}))
+    assert state_of(run, out) == "started"
+    return out, run_all(tiny_table(), out, jobs=2)
+
+
+def test_runs_finish_and_failures_are_named(finished):
+    out, record = finished
+    states = {r["folder"]: r["state"] for r in record["runs"]}
+    assert states == {"good/seed_0": "finished", "bad/seed_0": "failed"}
+    (error,) = (r["error"] for r in record["runs"] if r["state"] == "failed")
+    assert "no-such-policy" in error and "log.txt" in error
+    assert json.loads((out / "comparison.json").read_text())["runs"] == record["runs"]
+    folder = out / "good/seed_0"
+    ended = json.loads((folder / "run.json").read_text())
+    assert ended["finished"] and ended["threads"] == 1 and abs(ended["nfe"] - 120) <= 20
+    points = {p.name for p in (folder / "eval").iterdir()}
+    assert {"before", "step_000001", "after"} < points  # the cut, besides the budget's half
+
+
+def test_another_seed_adds_one_run_that_shares_the_base(finished):
+    """What is finished stays; the new run gets the base's pictures, which are not made again."""
+    out, _ = finished
+    kept = out / "good/seed_0/run.json"
+    before = kept.stat().st_mtime_ns
+    record = run_all(choose(tiny_table(), ["good"], [0, 1]), out)
+    assert [r["state"] for r in record["runs"]] == ["finished"] * 2
+    assert kept.stat().st_mtime_ns == before
+    own, lent = (out / f"good/seed_{s}/eval/before/samples.jsonl" for s in (0, 1))
+    assert "seconds" in own.read_text() and lent.read_text() == own.read_text()
+    ends = [(out / f"good/seed_{s}/metrics.jsonl").read_text() for s in (0, 1)]
+    assert ends[0] != ends[1]
+    nothing = run_all(tiny_table(), out, jobs=0)
+    assert [r["state"] for r in nothing["runs"]] == ["finished", "missing"]
+
+
+def test_other_settings_in_the_folder_are_refused(finished):
+    out, _ = finished
+    for change in ({"nfe": 160}, {"last": ("optim.lr=1e-5",)}, {"points": 3}):
+        with pytest.raises(ConfigError, match="other settings"):
+            run_all(replace(tiny_table(), **change), out, jobs=1)
+
+
+def test_a_run_cut_short_is_resumed(finished, tmp_path):
+    """It ended as one that is never stopped."""
+    out, _ = finished
+    run = plan(tiny_table())[0]
+    entry.train(replace(run.config, output_dir=str(tmp_path)), evaluate=evaluate_in_training)
+    logs = [read_jsonl(f / "metrics.jsonl") for f in (out / run.folder, tmp_path)]
+    rewards = [[(r["step"], r["nfe"], r["reward/mean"]) for r in log] for log in logs]
+    assert rewards[0] == rewards[1] and len(rewards[0]) >= 2

@@ -1,0 +1,1 @@
+"""The comparison of training methods at equal compute."""

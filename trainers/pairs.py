@@ -1,0 +1,63 @@
+"""The unit of an update's work: one recorded step, or one draw, of one sample."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """``n`` pairs of a sample and a pass over it, of which micro-batches are made.
+
+    Attributes:
+        rows: ``(n,)`` int64 on the CPU, the samples.
+        passes: ``(n,)`` int64 on the CPU, positions in ``rollout.steps``, or numbers of draws.
+        advantage: ``(n,)``, or ``(n, K)``.
+        pooled: ``(n, K)``, what an objective's ``statistic`` came to in each pair's group.
+        others: ``(n, ...)`` predictions under other versions of the weights that are known already.
+    """
+
+    rows: Tensor
+    passes: Tensor
+    advantage: Tensor
+    pooled: Tensor | None = None
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def split(self, size: int) -> list[Pairs]:
+        """Micro-batches of ``size`` pairs, the last of what is left; none of no pairs."""
+        return [self[at : at + size] for at in range(0, len(self), size)]
+
+    def __getitem__(self, at: slice) -> Pairs:
+        return Pairs(
+            self.rows[at],
+            self.passes[at],
+            self.advantage[at],
+            None if self.pooled is None else self.pooled[at],
+            {name: values[at] for name, values in self.others.items()},
+        )
+
+    @staticmethod
+    def of(advantages: Tensor, keep: Tensor, passes: int, zeros: bool) -> Pairs:
+        """The pairs to train on, pass by pass, as a rollout recorded them.
+
+        Args:
+            advantages: ``(b,)``, ``(b, S)`` or ``(b, S, K)``.
+            keep: ``(b,)`` bool, the samples to train on.
+            passes: ``S``, of each sample.
+            zeros: whether a pair whose advantages are all 0 has a gradient.
+        """
+        if advantages.ndim == 1:
+            advantages = advantages[:, None].expand(-1, passes)
+        trained = keep[:, None].expand(-1, passes)
+        if not zeros:
+            some = advantages != 0
+            trained = trained & (some.any(2) if some.ndim > 2 else some)
+        at, rows = torch.nonzero(trained.T, as_tuple=True)
+        return Pairs(rows.cpu(), at.cpu(), advantages[rows, at])
