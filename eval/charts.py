@@ -19,11 +19,12 @@ LABEL_WIDTH, VALUE_WIDTH = 150, 150
 
 @dataclass(frozen=True)
 class Bars:
-    """One row of a bar chart: a name and one interval for each series."""
+    """One row of a bar chart: a name and one interval for each series, over so many ``of``."""
 
     name: str
     values: Sequence[Interval | None]
     strong: bool = False
+    of: str = "pictures"
 
 
 @dataclass(frozen=True)
@@ -187,7 +188,7 @@ def _bar_row(
         if value is None or value.mean != value.mean:
             parts.append(el("text", "not scored", x=right + 12, y=_n(y + thick / 2 + 4)))
             continue
-        said = f"{row.name}, {series[i]}: {spelled(value)}"
+        said = f"{row.name}, {series[i]}: {spelled(value, row.of)}"
         parts.append(
             el("g", el("title", said), _bar(value, tone, y, thick, left, scale), class_="bar")
         )
@@ -222,10 +223,10 @@ def short(value: Interval) -> str:
     return f"{percent(value.mean)} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
-def spelled(value: Interval) -> str:
+def spelled(value: Interval, of: str = "pictures") -> str:
     """:func:`short` with the sample size and what was resampled."""
     how = "no interval" if not value.defined else f"{value.level:.0%} interval by {value.unit}"
-    return f"{short(value)}, {value.n} pictures of {value.clusters} prompts, {how}"
+    return f"{short(value)}, {value.n} {of} of {value.clusters} prompts, {how}"
 
 
 def _one_line(line: Line, frame: _Frame, tone: str) -> list[Markup]:

@@ -22,12 +22,9 @@ from PIL.Image import Image
 from eval.result import Row
 from mmalign.protocols import Request
 from mmalign.runtime.files import atomic_write_bytes
+from mmalign.runtime.settings import SettingsMismatchError, agree
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a key becomes a file name
-
-
-class SettingsMismatchError(ValueError):
-    """The folder holds pictures that were made, or judged, in another way."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class Store:
         if folder is None:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        _agree(folder, settings)
+        agree(folder, settings, "an evaluation")
         self._samples = {s.row.key: s for s in self._read() if self._verified(s)}
         self._rewrite()
 
@@ -168,22 +165,4 @@ def check_keys(requests: Sequence[Request]) -> None:
         seen.add(request.key)
 
 
-def _agree(folder: Path, settings: Mapping[str, Any]) -> None:
-    path = folder / "settings.json"
-    if not path.exists():
-        text = json.dumps(dict(settings), indent=1, ensure_ascii=False)
-        atomic_write_bytes(path, text.encode())
-        return
-    try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        message = f"{path} cannot be read ({error}); use another folder"
-        raise SettingsMismatchError(message) from None
-    wanted = json.loads(json.dumps(dict(settings)))  # tuples and the like as JSON sees them
-    odd = [k for k in sorted(stored.keys() | wanted.keys()) if stored.get(k) != wanted.get(k)]
-    if odd:
-        said = "; ".join(f"{k}: {stored.get(k)!r} there, {wanted.get(k)!r} now" for k in odd)
-        raise SettingsMismatchError(
-            f"{folder} holds an evaluation made with other settings ({said}). Two runs are never "
-            "mixed: use another folder, or delete this one."
-        )
+__all__ = ["Sample", "SettingsMismatchError", "Store", "check_keys"]

@@ -16,7 +16,8 @@ from mmalign import __version__
 
 # Errors defined in, or raised by, these packages were written for the user to read.
 _OURS = ("mmalign", "vision_rewards", "trainers", "eval")
-_KINDS = ("rewards", "policies", "objectives", "steerers", "benchmarks", "kernels", "recipes")
+_KINDS = ("rewards", "policies", "objectives", "steerers", "benchmarks", "reward-benchmarks",
+          "kernels", "recipes")  # fmt: skip
 
 Parser = argparse.ArgumentParser
 
@@ -48,14 +49,34 @@ def _reward(parser: Parser) -> None:
 
 def _steer(parser: Parser) -> None:
     parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help="the generator")
-    _prompts(parser, required=True)
+    parser.add_argument("--lora", metavar="PATH", help="a LoRA adapter to load into it")
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("--prompt", metavar="TEXT", help="one prompt")
+    group.add_argument("--prompts", metavar="FILE", help=".txt, one a line, or .jsonl")
+    group.add_argument("--benchmark", metavar="NAME", help="prompts of a benchmark, and its judge")
+    parser.add_argument("--limit", type=int, help="only so many prompts")
     _reward(parser)
+    text = "a reward that only looks at the results, steered and not; may be given again"
+    parser.add_argument("--held-out", action="append", default=[], metavar="NAME", help=text)
     parser.add_argument("--method", default="best_of_n", help="see: mmalign list steerers")
     parser.add_argument(
         "-o", "--option", action="append", default=[], metavar="k=v", help="method option, as n=8"
     )
+    text = "limits for each prompt: nfe=400,seconds=30 (also reward_calls, decodes, memory=8gb)"
+    parser.add_argument("--budget", metavar="NAME=N,...", help=text)
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (0)")
-    parser.add_argument("--out", required=True, metavar="DIR", help="where pictures are written")
+    parser.add_argument("--chunk", type=int, help="prompts steered at once (8)")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps")
+    parser.add_argument("--no-report", action="store_true", help="write no HTML page")
+    text = "where pictures, records and the page go; an interrupted run in it is continued"
+    parser.add_argument("--out", required=True, metavar="DIR", help=text)
+
+
+def _studio(parser: Parser) -> None:
+    parser.add_argument("--port", type=int, help="port, 0 for any free one (8124)")
+    parser.add_argument("--host", help="address of this machine to listen on (127.0.0.1)")
+    parser.add_argument("--device", help="auto, cpu, cuda or mps")
+    parser.add_argument("--open", action="store_true", help="open the page in a browser")
 
 
 def _score(parser: Parser) -> None:
@@ -89,6 +110,26 @@ def _evaluate(parser: Parser) -> None:
     parser.add_argument("--device", help="auto, cpu, cuda or mps")
     parser.add_argument("--dtype", help="autocast precision: auto, fp32, bf16 or fp16")
     parser.add_argument("--no-report", action="store_true", help="write no HTML report")
+
+
+def _evaluate_reward(parser: Parser) -> None:
+    text = "see: mmalign list reward-benchmarks"
+    parser.add_argument("--benchmark", default="shapes_rewards", help=text)
+    parser.add_argument("--data", metavar="PATH", help="the official file or folder")
+    text = "names, compositions, YAML {reward: NAME, option: value}; or quick, judges, offline"
+    parser.add_argument("--reward", nargs="+", required=True, metavar="SPEC", help=text)
+    parser.add_argument(
+        "--mode", choices=["compat", "fixed"], help="the authors' script, or as defined"
+    )
+    text = "option of the benchmark, as pairs=10; may be given again"
+    parser.add_argument("-o", "--option", action="append", default=[], metavar="k=v", help=text)
+    parser.add_argument("--out", metavar="DIR", help="where results and journals go; is continued")
+    parser.add_argument("--limit", type=int, help="only so many rows of the data")
+    parser.add_argument("--batch-size", type=int, help="pictures scored at once (32)")
+    parser.add_argument("--frames", type=int, help="frames taken of a video (8)")
+    parser.add_argument("--device", help="where networks score: auto, cpu, cuda or mps")
+    parser.add_argument("--overwrite", action="store_true", help="discard answers of other rewards")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
 
 def _list(parser: Parser) -> None:
@@ -199,6 +240,33 @@ def _train_reward(parser: Parser) -> None:
     parser.add_argument("--show", action="store_true", help="print the configuration and stop")
 
 
+def _label(parser: Parser) -> None:
+    text = "pairs (.jsonl), or a folder with several pictures of a prompt"
+    parser.add_argument("tasks", nargs="?", metavar="TASKS", help=text)
+    parser.add_argument("--out", metavar="FILE.jsonl", help="where labels go; continued if there")
+    text = "a link for this person (repeatable); without it the page asks for a name"
+    parser.add_argument("--annotator", action="append", default=[], metavar="NAME", help=text)
+    parser.add_argument("--summary", metavar="FILE.jsonl", help="print agreement and stop")
+    text = "of a folder of pictures, as for score (NAME.txt beside each)"
+    parser.add_argument("--prompts", metavar="FILE_OR_DIR", help=text)
+    parser.add_argument("--image-root", metavar="DIR", help="where paths in TASKS start (its own)")
+    text = "compare every two pictures of a prompt, not each with the next"
+    parser.add_argument("--all-pairs", action="store_true", help=text)
+    text = "leave out pairs with a picture that cannot be read"
+    parser.add_argument("--skip-broken", action="store_true", help=text)
+    parser.add_argument("--seed", type=int, default=0, help="of orders and sides (0)")
+    parser.add_argument("--repeat", type=float, default=0.1, help="share shown again later (0.1)")
+    text = "draw which picture is on the left (yes)"
+    parser.add_argument("--swap", action=argparse.BooleanOptionalAction, default=True, help=text)
+    parser.add_argument("--host", help="address to listen on (127.0.0.1: this machine only)")
+    parser.add_argument("--port", type=int, help="port, 0 for any free one (8124)")
+    text = "token of the link (MMALIGN_LABEL_TOKEN, or a new one each time)"
+    parser.add_argument("--token", metavar="TEXT", help=text)
+    parser.add_argument("--no-token", action="store_true", help="ask for none; loopback only")
+    text = "another name the server is asked under, as behind a proxy (repeatable)"
+    parser.add_argument("--allow-host", action="append", default=[], metavar="NAME", help=text)
+
+
 def _calibrate(parser: Parser) -> None:
     text = "reference pictures, as samples of the policy before training"
     parser.add_argument("pictures", nargs="*", metavar="DIR_OR_FILE", help=text)
@@ -218,11 +286,14 @@ def _calibrate(parser: Parser) -> None:
 COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "train": ("align a generator as a recipe says", _train),
     "steer": ("better pictures at inference time, no weights touched", _steer),
+    "studio": ("a page on this machine to steer prompts and watch", _studio),
     "score": ("score pictures with reward models", _score),
     "serve-reward": ("score pictures for other machines, over HTTP", _serve_reward),
     "train-reward": ("train a reward model on comparisons, ratings or labels", _train_reward),
+    "label": ("compare pictures in a browser, for training on the labels", _label),
     "calibrate": ("reference values that put a reward on a scale", _calibrate),
     "evaluate": ("run a generator through a benchmark", _evaluate),
+    "evaluate-reward": ("rank rewards and judges by human preferences", _evaluate_reward),
     "list": ("what there is: rewards, policies, recipes, ...", _list),
     "doctor": ("what this machine can run and what is missing", _doctor),
     "preflight": ("check a recipe with one rollout before training", _recipe),

@@ -148,6 +148,31 @@ class RegionReward(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Review:
+    """What a critic says about one picture.
+
+    Attributes:
+        scores: of each aspect, on the critic's own scale; ``None`` where one does not apply.
+        critique: in words.
+        refined: a wording of the prompt that should give a better picture; empty where the critic
+            has none.
+    """
+
+    scores: Mapping[str, float | None]
+    critique: str = ""
+    refined: str = ""
+
+
+@runtime_checkable
+class Critic(Protocol):
+    """A judge that also says how the prompt should be worded next time."""
+
+    def review(self, media: Media, prompts: Sequence[str]) -> tuple[Score, Sequence[Review | None]]:
+        """Score a batch and review it; ``None`` where the answer could not be read."""
+        ...
+
+
 @runtime_checkable
 class Objective(Protocol):
     """One algorithm's mathematics: a loss for each sample of a micro-batch of one step."""
@@ -165,7 +190,9 @@ class Spent:
 
     ``nfe`` are network evaluations (both branches of guidance count), ``reward_calls`` scored
     pictures, ``decodes`` decoded pictures; ``memory`` is the peak in bytes, of the allocator on
-    CUDA and else of the process.
+    CUDA and else of the process. Of the ``seconds``, ``working`` went into network, decoder, reward
+    and gradients, and the rest is the method's own; on a GPU, where calls return before they are
+    done, and around a stock pipeline's own loop it says little.
     """
 
     nfe: int = 0
@@ -173,6 +200,7 @@ class Spent:
     decodes: int = 0
     seconds: float = 0.0
     memory: int = 0
+    working: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -273,12 +301,14 @@ class Benchmark(Protocol):
 
 __all__ = [
     "Benchmark",
+    "Critic",
     "Kernel",
     "Objective",
     "Parameterisation",
     "Policy",
     "RegionReward",
     "Request",
+    "Review",
     "RewardInfo",
     "RewardModel",
     "Rollout",

@@ -87,6 +87,7 @@ POLICIES = Registry("policy family")
 OBJECTIVES = Registry("objective")
 STEERERS = Registry("steering method")
 BENCHMARKS = Registry("benchmark")
+REWARD_BENCHMARKS = Registry("reward benchmark")
 KERNELS = Registry("kernel")
 
 for _name, _target, _summary in (
@@ -140,4 +141,33 @@ for _name, _target, _summary in (
 ):
     OBJECTIVES.add(_name, _target, _summary)
 STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")
+for _name, _target, _summary in (
+    ("random_search", "mmalign.steering.noise_search:RandomSearch", "rounds of 2, 4, 8 ... noises"),
+    ("zero_order", "mmalign.steering.noise_search:ZeroOrder", "walk to better and better noises"),
+    ("path_search", "mmalign.steering.path_search:PathSearch", "branch on the way, keep the best"),
+    ("refine", "mmalign.steering.refine:Refine", "critique pictures, word prompts anew"),
+    ("fk", "mmalign.steering.fk:Fk", "particles weighed and resampled on the way"),
+    ("svdd", "mmalign.steering.svdd:Svdd", "the best child at every step"),
+    ("das", "mmalign.steering.das:Das", "particles proposed along the reward's gradient"),
+    ("reno", "mmalign.steering.reno:Reno", "the noise of a few-step model, up the gradient"),
+    ("dno", "mmalign.steering.dno:Dno", "the noises of all steps, up the gradient"),
+    ("reward_guidance", "mmalign.steering.guidance:RewardGuidance", "each prediction, uphill"),
+):
+    STEERERS.add(_name, _target, _summary)
 BENCHMARKS.add("shapes", "eval.benchmarks.shapes:ShapesBenchmark", "six GenEval tasks, offline")
+for _name, _target, _summary in (
+    ("shapes_rewards", "shapes:ShapesRewards", "controlled differences of known truth, offline"),
+    ("pick_a_pic", "pick_a_pic:PickAPic", "Pick-a-Pic: which of two pictures people chose"),
+    ("hpdv2", "rankings:Hpdv2", "HPDv2: rankings of pictures of one prompt"),
+    ("image_reward", "rankings:ImageRewardTest", "ImageReward's test: rankings with ties"),
+    ("genai_bench", "genai:GenAIBench", "TIGER GenAI-Bench: votes with two kinds of ties"),
+    ("edit_reward_bench", "edit_reward:EditRewardBench", "edits of a picture, by task"),
+    ("videogen_reward_bench", "videogen:VideoGenRewardBench", "pairs of videos, four dimensions"),
+    ("videoscore_bench", "videoscore:VideoScoreBench", "videos rated 1 to 5, three dimensions"),
+    ("vl_reward_bench", "answer_files:VLRewardBench", "two answers about a picture"),
+    ("mm_rlhf_reward_bench", "answer_files:MMRLHFRewardBench", "answers, ACC and ACC+"),
+    ("video_reward_bench", "answer_files:VideoRewardBench", "two answers about a video"),
+    ("vlrm_bench", "answer_files:VLRMBench", "a right and a wrong solution"),
+    ("answer_pairs", "answer_files:AnswerPairs", "any two answers, from JSON lines"),
+):
+    REWARD_BENCHMARKS.add(_name, f"eval.reward_benchmarks.{_target}", _summary)

@@ -89,14 +89,26 @@ def _from_name(name: Any, options: Mapping[str, Any]) -> RewardModel:
     if bare in REWARDS:
         given = {} if checkpoint is None else {"checkpoint": checkpoint}
         return _from_object(REWARDS.load(bare), name, RewardModel, {**given, **options})
-    where, _, attribute = name.rpartition(":")
-    if not where:
+    if ":" not in name:
         REWARDS.load(bare)  # raises, with the nearest names
-    module = _from_file(Path(where)) if where.endswith(".py") else _from_package(where, name)
+    return _from_object(user_object(name), name, RewardModel, options)
+
+
+def user_object(name: str, kind: str = "reward") -> Any:
+    """What ``path/to/file.py:name`` or ``package.module:name`` holds. The file is executed.
+
+    Args:
+        kind: what it should be, for messages.
+
+    Raises:
+        FileNotFoundError: no such file or module. UnknownNameError: it holds no such name.
+    """
+    where, _, attribute = name.rpartition(":")
+    module = _from_file(Path(where), kind) if where.endswith(".py") else _from_package(where, name)
     if not hasattr(module, attribute):
         public = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise unknown(f"reward in {where!r}", attribute, public)
-    return _from_object(getattr(module, attribute), name, RewardModel, options)
+        raise unknown(f"{kind} in {where!r}", attribute, public)
+    return getattr(module, attribute)
 
 
 def _made(target: str, said: str, options: Mapping[str, Any], first: Any) -> RewardModel:
@@ -135,10 +147,10 @@ def _from_package(module: str, said: str) -> Any:
         ) from error
 
 
-def _from_file(path: Path) -> Any:
+def _from_file(path: Path, kind: str = "reward") -> Any:
     path = path.expanduser().resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"reward file {str(path)!r} does not exist")
+        raise FileNotFoundError(f"{kind} file {str(path)!r} does not exist")
     name = f"_user_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None  # true of every path that ends in .py

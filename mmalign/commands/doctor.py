@@ -32,9 +32,11 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     ),
     "xformers": ("xformers",),
     "server": ("fastapi", "uvicorn"),
+    "studio": ("fastapi", "uvicorn"),
     "trackers": ("tensorboard", "wandb", "trackio"),
     "ocr": ("rapidocr", "onnxruntime"),
     "parquet": ("pyarrow",),
+    "video": ("av",),
 }
 Status = Literal["ok", "missing", "note", "BROKEN"]
 

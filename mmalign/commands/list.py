@@ -35,6 +35,7 @@ KINDS: dict[str, Callable[[], Listing]] = {
     "objectives": _registered(registry.OBJECTIVES),
     "steerers": _registered(registry.STEERERS),
     "benchmarks": _registered(registry.BENCHMARKS),
+    "reward-benchmarks": _registered(registry.REWARD_BENCHMARKS),
     "kernels": _registered(registry.KERNELS),
     "recipes": _recipes,
 }

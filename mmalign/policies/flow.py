@@ -37,9 +37,19 @@ class FlowPolicy(PipelinePolicy):
         return sigma * self.pipeline.scheduler.config.num_train_timesteps  # type: ignore[no-any-return]
 
     def grid(self, steps: int, **options: Any) -> Tensor:
-        """The scheduler's grid, ``(steps + 1,)``, ending at 0; ``options`` as in set_timesteps."""
+        """The scheduler's grid, ``(steps + 1,)``, ending at 0; ``options`` as in set_timesteps.
+
+        Raises:
+            ValueError: the scheduler has no grid of so few steps.
+        """
         # A fresh scheduler: the pipeline's own carries state between calls.
         scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        terminal = scheduler.config.get("shift_terminal")
+        if terminal and steps < 2:
+            raise ValueError(
+                f"the scheduler of {self.name} has no grid of {steps} step (its shift_terminal "
+                f"{terminal} needs at least 2); use steps {self.sampler.steps}"
+            )
         scheduler.set_timesteps(steps, device=self.device, **options)
         return scheduler.sigmas.float()  # type: ignore[no-any-return]
 

@@ -26,7 +26,11 @@ TINY = {
     "tiny-flux": "mmalign.policies.tiny:tiny_flux",
 }
 # Shipped with the package: short name -> folder under assets/.
-SHIPPED = {"shapes-flow": "shapes-flow", **dict.fromkeys(TINY, "")}
+SHIPPED = {
+    "shapes-flow": "shapes-flow",
+    "shapes-turbo": "shapes-turbo",
+    **dict.fromkeys(TINY, ""),
+}
 _FAMILIES = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
@@ -47,8 +51,8 @@ def load_policy(
 
     Args:
         source: a diffusers pipeline object, a folder written by ``save_pretrained``, the name of
-            a shipped model (``shapes-flow``), or a hub repository name. A policy is returned as
-            it is.
+            a shipped model (``shapes-flow``, ``shapes-turbo``), or a hub repository name. A policy
+            is returned as it is.
         device, dtype: where and in what precision the weights are held. ``None`` leaves a
             pipeline object as it is (it may mix precisions, or be offloaded) and loads a name in
             fp32 on the CPU.

@@ -101,6 +101,39 @@ def tiny_flux(seed: int = 0, distilled: bool = True) -> Any:
     return pipeline
 
 
+def tiny_wan(seed: int = 0, scheduler: Any = None) -> Any:
+    """A random ``WanPipeline`` (text to video); the scheduler is UniPC, as published.
+
+    Ask it for videos of 32 pixels a side and 5 frames: ``height=32, width=32, num_frames=5``.
+    """
+    from diffusers import (
+        AutoencoderKLWan,
+        UniPCMultistepScheduler,
+        WanPipeline,
+        WanTransformer3DModel,
+    )
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = WanTransformer3DModel(
+            patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12, in_channels=16,
+            out_channels=16, text_dim=WIDTH, freq_dim=16, ffn_dim=32, num_layers=2,
+            rope_max_seq_len=32,
+        )  # fmt: skip
+        vae = AutoencoderKLWan(
+            base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+        )  # fmt: skip
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
+        return WanPipeline(
+            tokenizer=_t5_tokenizer(),
+            text_encoder=_t5(),
+            transformer=transformer.eval(),
+            vae=vae.eval(),
+            scheduler=scheduler or UniPCMultistepScheduler(**flow),
+        )
+
+
 def _unet(**options: Any) -> Any:
     from diffusers import UNet2DConditionModel
 

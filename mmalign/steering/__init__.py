@@ -10,6 +10,10 @@ from mmalign.protocols import Steerer
 from mmalign.registry import STEERERS, unknown
 from mmalign.steering.best_of_n import BestOfN
 from mmalign.steering.budget import Budget, BudgetError
+from mmalign.steering.fk import Fk
+from mmalign.steering.pipelines import steer_pipeline
+from mmalign.steering.stock import Controller, StepState, steered
+from mmalign.steering.svdd import Svdd
 
 
 def build_steerer(
@@ -35,4 +39,15 @@ def build_steerer(
     return cls(seed=seed or 0, **options)  # type: ignore[no-any-return]
 
 
-__all__ = ["BestOfN", "Budget", "BudgetError", "build_steerer"]
+__all__ = [
+    "BestOfN",
+    "Budget",
+    "BudgetError",
+    "Controller",
+    "Fk",
+    "StepState",
+    "Svdd",
+    "build_steerer",
+    "steer_pipeline",
+    "steered",
+]

@@ -98,7 +98,7 @@ class BestOfN:
         media: list[Media] = []
         scores: list[Score] = []
         best = torch.full((len(engine.prompts),), -torch.inf)
-        with track("candidates", len(seeds)) as advance:
+        with track("candidates", len(seeds), enabled=engine.watch is None) as advance:
             for at in range(0, len(seeds), self.batch_size):
                 if at >= len(engine.prompts) and not engine.meter.allows():
                     break

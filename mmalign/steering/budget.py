@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -30,7 +31,8 @@ class Budget:
         reward_calls: pictures scored.
         decodes: pictures decoded.
         seconds: of wall time, shared evenly between the prompts of a run.
-        memory: bytes of peak memory on CUDA, of the whole run; methods choose their batches by it.
+        memory: bytes on CUDA, of the whole process during the run; batches that do not fit are
+            made smaller.
 
     Raises:
         ValueError: a limit that is not positive.
@@ -81,13 +83,30 @@ def _assignment(text: str) -> tuple[str, float | int]:
     return found[1], number if found[1] == "seconds" else int(number)
 
 
+def _limit_memory(limit: int | None, device: torch.device) -> None:
+    """From here on CUDA refuses more than ``limit`` bytes, and batches are made smaller."""
+    if limit is None:
+        return
+    if device.type != "cuda":
+        raise BudgetError(
+            f"budget: memory={limit} limits the memory of a GPU, and the policy is on {device}; "
+            "leave it out and lower batch_size"
+        )
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), device)
+
+
 class Meter:
     """Counts what a run over ``prompts`` prompts spends, against its budget."""
 
     def __init__(self, budget: Budget, prompts: int, device: torch.device) -> None:
         self.budget, self.prompts = budget, prompts
         self.nfe = self.reward_calls = self.decodes = 0
+        self.working = 0.0
+        self._depth = 0
         self._start = time.perf_counter()
+        self._device = device
+        _limit_memory(budget.memory, device)
         self._memory = Memory(device)
 
     @property
@@ -121,9 +140,26 @@ class Meter:
         ]
         return min(shares, default=float("inf"))
 
+    @contextmanager
+    def work(self) -> Iterator[None]:
+        """Around calls that any sampler and reward take; what is inside of it counts once."""
+        self._depth += 1
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._depth -= 1
+            if not self._depth:
+                self.working += time.perf_counter() - start
+
+    def release(self) -> None:
+        """Lift a limit on the memory of the GPU: the run is over."""
+        if self.budget.memory is not None:
+            torch.cuda.set_per_process_memory_fraction(1.0, self._device)
+
     def spent(self) -> Spent:
         """The bill so far."""
         return Spent(
             nfe=self.nfe, reward_calls=self.reward_calls, decodes=self.decodes,
-            seconds=self.seconds, memory=self._memory.peak(),
+            seconds=self.seconds, memory=self._memory.peak(), working=self.working,
         )  # fmt: skip

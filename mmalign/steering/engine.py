@@ -7,15 +7,17 @@ changes no result beyond rounding. Gradients follow the caller's grad mode.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from mmalign.protocols import Policy, RewardModel, Snapshot, Steered
 from mmalign.runtime.device import pick_dtype
+from mmalign.runtime.log import say
 from mmalign.runtime.seeds import stable_seed
 from mmalign.sampling.conditioning import ConditioningCache
 from mmalign.sampling.fit import deterministic
@@ -24,6 +26,7 @@ from mmalign.sampling.process import split
 from mmalign.steering.budget import Budget, BudgetError, Meter
 from mmalign.types import Conditioning, Media, Score
 
+T = TypeVar("T")
 Watch = Callable[[Snapshot], None]
 
 
@@ -73,6 +76,18 @@ class Engine:
         with torch.no_grad(), autocast(policy.device, self.dtype):
             self._conditioning = encode(self.prompts)  # a prompt that does not fit stops here
         self.meter = Meter(Budget.of(budget), len(self.prompts), policy.device)
+        self._best = _Best(len(self.prompts))
+
+    def using(self, conditioning: Conditioning, policy: Policy | None = None) -> Engine:
+        """This engine, on the same bill, with other conditioning of its prompts (one row each).
+
+        Pictures are still scored against the prompts themselves. ``policy`` is another view of
+        the same network, such as one with a guidance of its own.
+        """
+        other = copy.copy(self)
+        other._conditioning = conditioning
+        other.policy = policy or self.policy
+        return other
 
     # -- rows ----------------------------------------------------------------------------------
 
@@ -88,23 +103,33 @@ class Engine:
         """Encoded prompts of rows."""
         return self._conditioning[owners]
 
-    def seeds(self, owners: Tensor, *key: Any, seed: int = 0) -> list[int]:
-        """A seed for each row, of ``seed``, its prompt, ``key`` and its number in the prompt.
+    def seeds(self, owners: Tensor, *key: Any, seed: int = 0, first: int = 0) -> list[int]:
+        """A seed for each row, of ``seed``, its prompt and its number in the prompt.
 
         Rows of a larger count therefore contain those of a smaller one, and a prompt's seeds do
-        not depend on the other prompts.
+        not depend on the other prompts. Without ``key`` they are the initial noises, candidate by
+        candidate the same ones for every method, so that methods are compared on equal noise;
+        ``key`` names draws of the method's own.
+
+        Args:
+            first: number of each prompt's first row, where it has had others before.
         """
         counts: dict[int, int] = {}
+        own = (self.method, *key) if key else ()
         found = []
         for owner in owners.tolist():
-            number = counts[owner] = counts.get(owner, -1) + 1
-            found.append(stable_seed(self.method, seed, self.prompts[owner], *key, number))
+            number = counts[owner] = counts.get(owner, first - 1) + 1
+            found.append(initial_seed(seed, self.prompts[owner], number, *own))
         return found
 
     @property
     def evaluations(self) -> int:
-        """Network evaluations of one row's prediction: 2 with guidance."""
-        return evaluations(1, self.guidance_scale, self._conditioning)
+        """Network evaluations of one row's prediction: 2 with guidance.
+
+        A policy with a guidance of its own says in ``branches`` how many it takes.
+        """
+        own: int | None = getattr(self.policy, "branches", None)
+        return own or evaluations(1, self.guidance_scale, self._conditioning)
 
     def afford(self, wanted: int, what: str, **cost: int) -> int:
         """``wanted`` units of ``cost`` a prompt, or as many as the budget allows.
@@ -124,17 +149,39 @@ class Engine:
 
     # -- what costs ----------------------------------------------------------------------------
 
+    def in_batches(self, rows: int, call: Callable[[slice], T]) -> list[T]:
+        """``call`` for consecutive slices of at most ``batch_size`` rows.
+
+        Where a GPU runs out of memory the batch is halved for good and the slice tried again.
+        """
+        found: list[T] = []
+        at = 0
+        while at < rows:
+            part = slice(at, min(at + self.batch_size, rows))
+            try:
+                with self.meter.work():
+                    found.append(call(part))
+            except torch.OutOfMemoryError:
+                if part.stop - at == 1:
+                    raise
+                self.batch_size = (part.stop - at) // 2
+                torch.cuda.empty_cache()
+                say(f"out of GPU memory: going on with batches of {self.batch_size}")
+                continue
+            at = part.stop
+        return found
+
     def predict(self, x: Tensor, sigma: Tensor, owners: Tensor) -> Tensor:
         """Guided network output for rows ``x`` at ``sigma`` (scalar or ``(B,)``), fp32."""
         self.meter.nfe += len(x) * self.evaluations
-        parts = []
+
+        def call(rows: slice) -> Tensor:
+            level = sigma[rows] if sigma.ndim else sigma
+            given = self.conditioning(owners[rows])
+            return self.policy.predict(x[rows], level, given, self.guidance_scale)
+
         with autocast(self.policy.device, self.dtype):
-            for at in range(0, len(x), self.batch_size):
-                rows = slice(at, at + self.batch_size)
-                level = sigma[rows] if sigma.ndim else sigma
-                given = self.conditioning(owners[rows])
-                parts.append(self.policy.predict(x[rows], level, given, self.guidance_scale))
-        return torch.cat(parts)
+            return torch.cat(self.in_batches(len(x), call))
 
     def estimate(self, x: Tensor, sigma: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """Clean latents and noise that a prediction stands for."""
@@ -144,18 +191,41 @@ class Engine:
         """Latents to media, in chunks."""
         self.meter.decodes += len(latents)
         with autocast(self.policy.device, self.dtype):
-            parts = [self.policy.decode(chunk) for chunk in latents.split(self.batch_size)]
-        return Media(torch.cat([p.data for p in parts])) if len(parts) > 1 else parts[0]
+            parts = self.in_batches(len(latents), lambda rows: self.policy.decode(latents[rows]))
+        return Media.cat(parts) if len(parts) > 1 else parts[0]
 
     def score(self, media: Media, owners: Tensor) -> Score:
         """Scores of rows against their own prompts; unscored ones are ``valid=False``."""
         self.meter.reward_calls += len(media)
         texts = self.texts(owners)
-        parts = [
-            self.reward.score(media[at : at + self.batch_size], texts[at : at + self.batch_size])
-            for at in range(0, len(media), self.batch_size)
-        ]
-        return Score.cat(parts) if len(parts) > 1 else parts[0]
+        parts = self.in_batches(
+            len(media), lambda rows: self.reward.score(media[rows], texts[rows])
+        )
+        found = Score.cat(parts) if len(parts) > 1 else parts[0]
+        if self.watch is not None:
+            self._best.see(media, found, owners)
+        return found
+
+    def judge(
+        self,
+        latents: Tensor,
+        owners: Tensor,
+        decoder: Callable[[Tensor], Media] | None = None,
+    ) -> tuple[Media, Score]:
+        """Decode and score, chunk by chunk; pictures come back on the CPU, in fp32.
+
+        ``decoder`` is used in place of the policy's.
+        """
+        media, scores = [], []
+        for rows in torch.arange(len(latents)).split(self.batch_size):
+            if decoder is None:
+                made = self.decode(latents[rows])
+            else:
+                self.meter.decodes += len(rows)
+                made = decoder(latents[rows])
+            scores.append(self.score(made, owners[rows]))
+            media.append(Media(made.data.detach().float().cpu()))
+        return Media.cat(media), Score.cat(scores)
 
     def integrate(self, x: Tensor, owners: Tensor, sigmas: Tensor | None = None) -> Tensor:
         """Deterministic steps along ``sigmas`` (the sampler's own grid by default)."""
@@ -173,9 +243,10 @@ class Engine:
     # -- what comes out ------------------------------------------------------------------------
 
     def show(self, done: int, total: int, best: Tensor, media: Media | None = None) -> None:
-        """Tell whoever watches."""
+        """Tell whoever watches; without ``media``, with the best pictures scored so far."""
         if self.watch is not None:
-            self.watch(Snapshot(done, total, best.detach().cpu(), media))
+            shown = self._best.media() if media is None else media
+            self.watch(Snapshot(done, total, best.detach().cpu().clone(), shown))
 
     def finish(
         self,
@@ -196,7 +267,8 @@ class Engine:
         Raises:
             ValueError: no candidate of a prompt could be scored; quotes the reasons.
         """
-        scores = _on_cpu(scores)
+        self.meter.release()
+        scores = on_cpu(scores)
         self.check_scored(scores, owners)
         keys = scores.value if order is None else order.detach().float().cpu()
         ranks: list[int | None] = [None] * len(owners)
@@ -236,6 +308,35 @@ class Engine:
             )
 
 
+class _Best:
+    """The best scored picture of each prompt so far, kept on the CPU for whoever watches."""
+
+    def __init__(self, prompts: int) -> None:
+        self._values = torch.full((prompts,), -torch.inf)
+        self._pictures: dict[int, Tensor] = {}
+
+    def see(self, media: Media, scores: Score, owners: Tensor) -> None:
+        values, good = scores.value.detach().cpu(), scored(scores).cpu()
+        for row, prompt in enumerate(owners.tolist()):
+            if good[row] and values[row] > self._values[prompt]:
+                self._values[prompt] = values[row]
+                self._pictures[prompt] = media.data[row].detach().float().cpu()
+
+    def media(self) -> Media | None:
+        if len(self._pictures) < len(self._values):
+            return None
+        return Media(torch.stack([self._pictures[i] for i in range(len(self._values))]))
+
+
+def initial_seed(seed: int, prompt: str, number: int = 0, *key: Any) -> int:
+    """The seed of the initial noise of candidate ``number`` of a prompt, whatever the method.
+
+    The plain sampler makes of the first one the picture to compare steered ones with. ``key`` is
+    for draws that are no candidate's initial noise.
+    """
+    return stable_seed("steering", seed, prompt, *key, number)
+
+
 def scored(scores: Score) -> Tensor:
     """Which rows have a finite score, ``(B,)`` bool."""
     return scores.valid & torch.isfinite(scores.value)
@@ -267,11 +368,12 @@ def check_steerable(
         raise ValueError(
             f"{method} follows the gradient of the reward, and {info.name!r} has none. Use a "
             "differentiable one (mmalign list rewards says which are), or a method that only looks "
-            "at scores: best_of_n, fk, noise_search"
+            "at scores: best_of_n, fk, zero_order"
         )
 
 
-def _on_cpu(score: Score) -> Score:
+def on_cpu(score: Score) -> Score:
+    """The same score without its graph, on the CPU."""
     parts = {name: part.detach().cpu() for name, part in score.parts.items()}
     value, valid = score.value.detach().cpu(), score.valid.cpu()
     return Score(value, valid, parts, score.notes, score.identity)

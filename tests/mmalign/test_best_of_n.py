@@ -49,7 +49,7 @@ def test_the_best_candidate_is_chosen(tiny_policy, reward):
 
 def test_candidates_are_made_of_their_seeds(tiny_policy, reward):
     result = method(seed=5).run(tiny_policy, reward, PROMPTS)
-    assert result.lineage[4]["seed"] == stable_seed("best_of_n", 5, PROMPTS[1], 1)
+    assert result.lineage[4]["seed"] == stable_seed("steering", 5, PROMPTS[1], 1)
     seeds = [result.lineage[4]["seed"]]
     alone, _ = generate(tiny_policy, PROMPTS[1:], seeds, steps=2, guidance_scale=1.0)
     torch.testing.assert_close(result.candidates.data[4:5], alone.data, rtol=1e-4, atol=1e-5)

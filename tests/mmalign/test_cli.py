@@ -17,7 +17,6 @@ import mmalign
 from mmalign.cli import COMMANDS, is_expected, main, parse
 from mmalign.commands.common import CommandError, image_files, table
 from mmalign.config import ConfigError
-from mmalign.protocols import Spent, Steered
 from mmalign.types import Media, Score
 from vision_rewards.factory import load_reward
 
@@ -145,32 +144,6 @@ def test_evaluate(api, capsys):
     assert api.calls == [("evaluate", ("p", "shapes"), {"report": True, "lora": "l", "steps": 8})]
     out = capsys.readouterr().out
     assert "counting" in out and "[0.400, 0.600]" in out and "mean over tasks" in out
-
-
-@pytest.mark.parametrize("shape", [(8, 8), (4, 3, 8, 8)], ids=["image", "video"])
-def test_steer(api, tmp_path, capsys, shape):
-    data = torch.rand(4, *shape) if len(shape) == 4 else torch.rand(4, 3, *shape)
-    media = Media(data)
-    scores = Score(torch.tensor([0.5, 0.0, 0.1, 0.9]), torch.tensor([True, False, True, True]))
-    lineage = tuple({"prompt": i // 2, "seed": i} for i in range(4))
-    best = media[[0, 3]], scores[::3], (0, 3)
-    api.answers["steer"] = Steered(
-        ("a", "b"), *best, media, scores, lineage, Spent(nfe=32, reward_calls=4)
-    )
-    prompts = tmp_path / "p.txt"
-    prompts.write_text("a\nb\n")
-    out = tmp_path / "out"
-    argv = ["steer", "--policy", "p", "--prompts", str(prompts), "--reward", "r", "-o", "n=2"]
-    assert main([*argv, "-o", "noise.std=1e-2", "--out", str(out), "--seed", "7"]) == 0
-    options = {"seed": 7, "n": 2, "noise": {"std": 0.01}}
-    assert api.calls == [("steer", ("p", ["a", "b"], "r", "best_of_n"), options)]
-    written = {p.name for p in out.iterdir()}
-    gifs = {"0000.gif", "0001.gif"} if len(shape) == 4 else set()
-    assert written == {"0000.png", "0001.png", "contact_sheet.png", "steer.json"} | gifs
-    record = json.loads((out / "steer.json").read_text())
-    assert [c["score"] for c in record["candidates"]] == pytest.approx([0.5, None, 0.1, 0.9])
-    assert record["chosen"] == [0, 3] and record["nfe"] == 32
-    assert "4 candidates, 32 network evaluations, 4 reward calls" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ok", [True, False])

@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -164,9 +164,21 @@ def draw(
     return normal, noise, torch.where(drop[:, None], empty, tokens)
 
 
+class Rates(Protocol):
+    """A configuration with the two learning rates."""
+
+    @property
+    def muon_lr(self) -> float:
+        """Of the matrices."""
+
+    @property
+    def adam_lr(self) -> float:
+        """Of everything else."""
+
+
 def make_optimizer(
     network: nn.Module, is_matrix: Callable[[str, Tensor], bool], others: list[nn.Module],
-    config: DenoiserConfig,
+    config: Rates,
 ) -> Muon:  # fmt: skip
     """Muon for the parameters of ``network`` that are matrices, Adam for everything else."""
     named = list(network.named_parameters())
@@ -244,7 +256,7 @@ def export(pipeline: Any, folder: Path, sampler: Mapping[str, Any]) -> Path:
     """Write the finished pipeline as it is shipped: fp16 safetensors and the sampler file."""
     pipeline.to(dtype=torch.float16).save_pretrained(folder)
     atomic_write_json(folder / SAMPLER_FILE, dict(sampler))
-    for path in folder.rglob("config.json"):
+    for path in [folder / "model_index.json", *folder.rglob("config.json")]:
         settings = json.loads(path.read_text(encoding="utf-8"))
         # Where the weights once lay on this machine is nobody's business.
         settings.pop("_name_or_path", None)

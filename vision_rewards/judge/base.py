@@ -13,12 +13,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from mmalign.types import Media
+from mmalign.protocols import Review
+from mmalign.types import Media, Score
 from vision_rewards.base import PixelReward, Reading
 from vision_rewards.judge.backend import Backend, Query, Reply, as_pil, digest
 from vision_rewards.judge.cache import CachedBackend
-from vision_rewards.judge.parsing import UnreadableError, looks_refused
-from vision_rewards.judge.templates import Template, load_template
+from vision_rewards.judge.parsing import (
+    UnreadableError,
+    looks_refused,
+    tagged,
+    without_thoughts,
+)
+from vision_rewards.judge.templates import Template, load_template, quoted
 
 T = TypeVar("T")
 LONGEST_NOTE = 2000  # characters of a raw answer that a note keeps
@@ -158,11 +164,30 @@ class JudgeReward(PixelReward):
     def read(self, pixels: Tensor, prompts: Sequence[str], context: Any) -> Reading:
         """Judge pixels ``(B, 3, H, W)``; parts are those of the rows, NaN where one lacks them."""
         pictures = [self.fitted(p) for p in Media(pixels).to_pil()]
-        rows = self.judge(pictures, prompts, context)
-        names = list(dict.fromkeys(n for row in rows for n in row.parts))
-        parts = {n: torch.tensor([row.parts.get(n, math.nan) for row in rows]) for n in names}
-        value = torch.tensor([row.value for row in rows])
-        return Reading(value, parts, [row.note for row in rows])
+        return reading_of(self.judge(pictures, prompts, context))
+
+    def review(self, media: Media, prompts: Sequence[str]) -> tuple[Score, Sequence[Review | None]]:
+        """Score pictures, and ask how each prompt should be worded for a better one.
+
+        The critique is what the score's note says. ``None`` where the picture was not scored or
+        no wording could be read.
+        """
+        score = self.score(media, prompts)
+        rows = torch.nonzero(score.valid).flatten().tolist()
+        shown = [self.fitted(p) for p in media[rows].to_pil()] if rows else []
+        notes = [score.notes[i] if score.notes else "" for i in rows]
+        template = load_template("refine")
+        queries = [
+            self.query(template.fill(prompt=quoted(prompts[i]), critique=note or "none"), [picture])
+            for i, note, picture in zip(rows, notes, shown, strict=True)
+        ]
+        reviews: list[Review | None] = [None] * len(media)
+        for i, note, answer in zip(rows, notes, self.ask(queries, read_refined), strict=True):
+            if answer.value is not None:
+                parts = {n: float(p[i]) for n, p in score.parts.items()}
+                scores = {n: None if math.isnan(v) else v for n, v in parts.items()}
+                reviews[i] = Review(scores, note, answer.value)
+        return score, reviews
 
     def fitted(self, picture: Any, what: str = "picture") -> Image.Image:
         """A picture as it is sent: RGB, resized to a square where ``size`` asks for one."""
@@ -197,6 +222,26 @@ class JudgeReward(PixelReward):
                     again[i] = _asked_again(queries[i], why, attempt + 1)
             pending = again
         return answers
+
+
+def reading_of(rows: Sequence[Row]) -> Reading:
+    """Rows as one reading; parts are NaN where a row lacks them."""
+    names = list(dict.fromkeys(n for row in rows for n in row.parts))
+    parts = {n: torch.tensor([row.parts.get(n, math.nan) for row in rows]) for n in names}
+    value = torch.tensor([row.value for row in rows])
+    return Reading(value, parts, [row.note for row in rows])
+
+
+def read_refined(reply: Reply) -> str:
+    """The wording in an answer to the template ``refine``.
+
+    Raises:
+        UnreadableError: there is none, or it is empty.
+    """
+    text = tagged(without_thoughts(reply.text), "prompt")
+    if not text:
+        raise UnreadableError("its <prompt> is empty")
+    return " ".join(text.split())
 
 
 def _read_answer(reply: Reply, parse: Callable[[Reply], T], asked: int) -> tuple[Answer[T], str]:

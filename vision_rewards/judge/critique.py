@@ -15,11 +15,12 @@ from typing import Any
 
 from PIL import Image
 
-from mmalign.types import Media
-from vision_rewards.base import checked_call
+from mmalign.protocols import Review
+from mmalign.types import Media, Score
+from vision_rewards.base import checked_call, clean_pixels
 from vision_rewards.cards import info_of
 from vision_rewards.judge.backend import Reply
-from vision_rewards.judge.base import Answer, JudgeReward, Row
+from vision_rewards.judge.base import Answer, JudgeReward, Row, reading_of
 from vision_rewards.judge.parsing import NUMBER, UnreadableError, without_thoughts
 from vision_rewards.judge.templates import load_template, quoted
 
@@ -94,6 +95,15 @@ class CritiqueJudge(JudgeReward):
         pictures = [self.fitted(p) for p in media.to_pil()]
         return [a.value for a in self._ask(pictures, prompts, context or [{}] * len(media))]
 
+    def review(self, media: Media, prompts: Sequence[str]) -> tuple[Score, Sequence[Review | None]]:
+        """Scores, critiques and refined requests, of one answer for each picture."""
+        checked_call(self.info, media, prompts, None)
+        pixels, finite = clean_pixels(media)
+        pictures = [self.fitted(p) for p in Media(pixels).to_pil()]
+        answers = self._ask(pictures, prompts, [{}] * len(media))
+        score = self._record(reading_of([_row(a) for a in answers]), finite, media.data.device)
+        return score, [_review(answer.value) for answer in answers]
+
     def judge(
         self,
         pictures: Sequence[Image.Image],
@@ -124,6 +134,13 @@ class CritiqueJudge(JudgeReward):
             for i, answer in zip(rows, parsed, strict=True):
                 answers[i] = answer
         return answers
+
+
+def _review(said: Critique | None) -> Review | None:
+    if said is None:
+        return None
+    refined = " ".join(said.refined_request.split())
+    return Review(said.scores, said.summary, refined)
 
 
 def _row(answer: Answer[Critique]) -> Row:

@@ -31,6 +31,8 @@ class PairJudge(JudgeReward):
     read is unscored: half a comparison is biased by position.
     """
 
+    both_orders = True  # nobody needs to ask again with the pictures exchanged
+
     def question(self, prompt: str, images: Sequence[Image.Image]) -> Query:
         """The question about two pictures in this order, behind those of :meth:`lead`."""
         return self.query(self.template.fill(prompt=quoted(prompt)), images)

@@ -46,14 +46,19 @@ def serve(
         access_log=False,
         timeout_graceful_shutdown=GRACE,
     )
-    listener = _listen(host, port)
+    listener = listen(host, port)
     if started is not None:
         shown = f"[{host}]" if ":" in host else host
         started(f"http://{shown}:{listener.getsockname()[1]}")
-    _run(uvicorn.Server(config).run, listener)
+    run_until_signal(uvicorn.Server(config).run, listener)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that accepts connections already; port 0 takes a free one.
+
+    Raises:
+        OSError: the address is taken or not this machine's; the message names it.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol must be named: asyncio turns off Nagle's delays only where it is.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
@@ -68,7 +73,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _run(run: Callable[..., None], listener: socket.socket) -> None:
+def run_until_signal(run: Callable[..., None], listener: socket.socket) -> None:
     """Run to the end; the signal that ended it was obeyed, so it does not end the process too."""
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, lambda *_: None) if main else None

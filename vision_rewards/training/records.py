@@ -11,6 +11,9 @@ optional; other keys are left alone unless they look like a misspelt one):
   (1 is best, equal ranks tie, ``null`` is behind all ranked ones);
 * counts: ``{"prompt", "image", "count"}``, how often people chose a picture, of ``"views"``
   showings; they become pairs of the same prompt (see :func:`pairs_of_counts`).
+
+Lines of ``mmalign label`` carry ``"decision"``: of those that share it the last one counts, and
+what was skipped or taken back is left out (:mod:`vision_rewards.labelling.decisions`).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.runtime.log import read_jsonl
+from vision_rewards.labelling.decisions import standing
 
 
 class RecordError(ValueError):
@@ -85,11 +89,13 @@ def read_records(path: str | Path, image_root: str | Path | None = None) -> Data
     root = Path(image_root) if image_root is not None else path.parent
     kind = kind_of(rows[0], f"{path}, line 1")
     samples = []
-    for number, row in enumerate(rows, 1):
+    for number, row in standing(rows):
         place = f"{path}, line {number}"
         if kind_of(row, place) != kind:
             raise RecordError(f"{place}: {kind_of(row, place)} in a file of {kind}; split the file")
         samples.append(_sample(kind, row, root, place))
+    if not samples:
+        raise RecordError(f"label file {path}: every decision in it was skipped or taken back")
     _refuse_missing_files(samples, path)
     if kind == "counts":
         return Dataset("pairs", pairs_of_counts(samples))

@@ -24,11 +24,11 @@ def running(reward, **settings) -> Iterator[SimpleNamespace]:
     """A server on a thread: ``url``, ``service``."""
     from vision_rewards.serving.app import create_app
     from vision_rewards.serving.safety import ServerSettings
-    from vision_rewards.serving.server import _listen
+    from vision_rewards.serving.server import listen
 
     app = create_app(reward, ServerSettings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))
-    listener = _listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     port = listener.getsockname()[1]

@@ -192,11 +192,11 @@ def test_a_lost_server_passes_every_guard(kit):
 
 
 def test_a_server_that_returns_in_time_is_waited_for(kit, capfd):
-    from vision_rewards.serving.server import _listen
+    from vision_rewards.serving.server import listen
 
     with kit.running(kit.contrast) as server:
         remote = RemoteReward(server.url, wait=20)
-    listener = _listen("127.0.0.1", server.port)  # accepts connections and answers none ...
+    listener = listen("127.0.0.1", server.port)  # accepts connections and answers none ...
     threading.Timer(0.3, listener.close).start()  # ... and then is gone
 
     def revive() -> None:

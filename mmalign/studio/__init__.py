@@ -1,0 +1,1 @@
+"""The studio: a page on this machine on which a person steers single prompts and watches."""

@@ -1,0 +1,1 @@
+"""People compare pictures in a browser; their decisions become a file of labels."""
