@@ -42,19 +42,25 @@ class Line:
     faint: bool = False
 
 
-def bar_chart(rows: Sequence[Bars], series: Sequence[str], width: int = 1000) -> Markup:
-    """Horizontal bars of shares in [0, 1] with their intervals, values written beside them."""
+def bar_chart(
+    rows: Sequence[Bars], series: Sequence[str], width: int = 1000, shares: bool = True
+) -> Markup:
+    """Horizontal bars of shares in [0, 1] with their intervals, values written beside them.
+
+    Without ``shares`` values are on a scale of their own; it starts at zero where they allow it.
+    """
     left, right = LABEL_WIDTH, width - VALUE_WIDTH
     bottom = ROW * len(rows) + 8
-    scale = (right - left) * 1.0
+    marks = [0.0, 0.25, 0.5, 0.75, 1.0] if shares else _score_ticks(rows)
+    axis = _Axis(left, right, marks[0], marks[-1], shares)
     parts: list[Markup] = []
-    for tick in (0.0, 0.25, 0.5, 0.75, 1.0):
-        x = left + tick * scale
+    for tick in marks:
+        x = axis.x(tick)
         parts.append(el("line", x1=_n(x), x2=_n(x), y1=0, y2=bottom, class_="grid"))
-        label = f"{100 * tick:.0f} %"
+        label = f"{100 * tick:.0f} %" if shares else number(tick)
         parts.append(el("text", label, x=_n(x), y=bottom + 18, text_anchor="middle"))
     for i, row in enumerate(rows):
-        parts += _bar_row(row, series, i * ROW + 8, left, right, scale)
+        parts += _bar_row(row, series, i * ROW + 8, axis)
     names = " and ".join(series)
     return _svg(width, bottom + 26, parts, f"Bars with 95 % intervals: {names}")
 
@@ -170,9 +176,29 @@ class _Frame:
         return [t for t in found if self.x0 <= t <= self.x1]
 
 
-def _bar_row(
-    row: Bars, series: Sequence[str], top: float, left: float, right: float, scale: float
-) -> list[Markup]:
+@dataclass(frozen=True)
+class _Axis:
+    """Maps values to pixels along a bar."""
+
+    left: float
+    right: float
+    low: float
+    high: float
+    shares: bool
+
+    def x(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low)
+        return self.left + max(0.0, min(1.0, share)) * (self.right - self.left)
+
+
+def _score_ticks(rows: Sequence[Bars]) -> list[float]:
+    given = [v for row in rows for v in row.values if v is not None]
+    ends = _finite([x for v in given for x in (v.mean, v.low, v.high)]) or [0.0, 1.0]
+    return ticks(min(ends), max(ends), zero=True)
+
+
+def _bar_row(row: Bars, series: Sequence[str], top: float, axis: _Axis) -> list[Markup]:
+    left, right = axis.left, axis.right
     room = ROW - 14
     thick = room / len(row.values)
     strong = " strong" if row.strong else ""
@@ -188,24 +214,21 @@ def _bar_row(
         if value is None or value.mean != value.mean:
             parts.append(el("text", "not scored", x=right + 12, y=_n(y + thick / 2 + 4)))
             continue
-        said = f"{row.name}, {series[i]}: {spelled(value, row.of)}"
-        parts.append(
-            el("g", el("title", said), _bar(value, tone, y, thick, left, scale), class_="bar")
-        )
-        parts.append(el("text", short(value), x=right + 12, y=_n(y + thick / 2 + 4),
+        said = f"{row.name}, {series[i]}: {spelled(value, row.of, axis.shares)}"
+        parts.append(el("g", el("title", said), _bar(value, tone, y, thick, axis), class_="bar"))
+        parts.append(el("text", short(value, axis.shares), x=right + 12, y=_n(y + thick / 2 + 4),
                         class_="value" + strong))  # fmt: skip
     return parts
 
 
-def _bar(
-    value: Interval, tone: str, y: float, thick: float, left: float, scale: float
-) -> list[Markup]:
-    long = max(0.0, min(1.0, value.mean)) * scale
+def _bar(value: Interval, tone: str, y: float, thick: float, axis: _Axis) -> list[Markup]:
+    foot, tip = sorted((axis.x(0.0), axis.x(value.mean)))
     parts = [
-        el("rect", x=_n(left), y=_n(y), width=_n(long), height=_n(thick - 1.5), rx=2, class_=tone)
-    ]
+        el("rect", x=_n(foot), y=_n(y), width=_n(tip - foot), height=_n(thick - 1.5), rx=2,
+           class_=tone)
+    ]  # fmt: skip
     if value.defined:
-        low, high = left + value.low * scale, left + value.high * scale
+        low, high = axis.x(value.low), axis.x(value.high)
         m = y + (thick - 1.5) / 2
         ends = ((low, m, high, m), (low, m - 3, low, m + 3), (high, m - 3, high, m + 3))
         for tone in ("halo", "whisker"):  # the halo keeps the whisker readable on a dark bar
@@ -216,17 +239,20 @@ def _bar(
     return parts
 
 
-def short(value: Interval) -> str:
-    """Such as ``46.2 % [41.0, 51.3]``."""
+def short(value: Interval, shares: bool = True) -> str:
+    """Such as ``46.2 % [41.0, 51.3]``; of scores ``21.4 [21.2, 21.6]``."""
+    if not shares:
+        ends = f" [{value.low:.4g}, {value.high:.4g}]" if value.defined else ""
+        return f"{value.mean:.4g}{ends}".replace("-", "−")
     if not value.defined:
         return percent(value.mean)
     return f"{percent(value.mean)} [{100 * value.low:.1f}, {100 * value.high:.1f}]"
 
 
-def spelled(value: Interval, of: str = "pictures") -> str:
+def spelled(value: Interval, of: str = "pictures", shares: bool = True) -> str:
     """:func:`short` with the sample size and what was resampled."""
     how = "no interval" if not value.defined else f"{value.level:.0%} interval by {value.unit}"
-    return f"{short(value)}, {value.n} {of} of {value.clusters} prompts, {how}"
+    return f"{short(value, shares)}, {value.n} {of} of {value.clusters} prompts, {how}"
 
 
 def _one_line(line: Line, frame: _Frame, tone: str) -> list[Markup]:

@@ -11,6 +11,7 @@ from eval.gallery import Pairs
 from eval.html import Child, Markup, el, percent, points, table
 from eval.result import EvalResult, Row
 from eval.statistics import Difference, Interval, paired_difference
+from eval.trust import cautions_of_training
 
 Tone = Literal["gain", "loss", "unclear"]
 MATTERS = ("benchmark", "version", "options", "scorer", "steps", "guidance_scale", "height",
@@ -156,6 +157,7 @@ def _cautions(pairs: Pairs, found: Difference) -> list[str]:
             said.append("Caution: the two ways of counting lead to different conclusions.")
     if pairs.unmatched:
         said.append(f"{pairs.unmatched} pictures exist on one side only and are left out.")
+    said += cautions_of_training(pairs.after)
     conflicts = settings_conflicts(pairs.before, pairs.after)
     if conflicts:
         said.append(f"Caution: settings differ ({'; '.join(conflicts)}).")

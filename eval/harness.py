@@ -1,39 +1,34 @@
-"""Runs a generator through a benchmark: pinned seeds, resumable, with intervals and provenance."""
+"""Runs a generator, or a folder of pictures, through a benchmark.
+
+Seeds belong to (prompt, sample), runs are resumable picture by picture and shared among processes,
+and results carry intervals and provenance.
+"""
 
 from __future__ import annotations
 
-import time
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from PIL.Image import Image
 
-from eval.provenance import denoiser_digest, provenance, versions, weights_dtype
-from eval.result import EvalResult, Row, finite, summarise
+from eval.completion import Run
+from eval.judging import unscored
+from eval.layouts import Found, layout_of
+from eval.making import Existing, Generate, Generated
+from eval.provenance import denoiser_digest, judging, provenance, versions, weights_dtype
+from eval.result import EvalResult, Row, summarise
 from eval.store import Sample, SettingsMismatchError, Store, check_keys
+from eval.trust import GapError, refuse_gaps, repeated, training_facts
+from eval.workers import Workers
 from mmalign.protocols import Benchmark, Policy, Request
-from mmalign.runtime.progress import track
-from mmalign.types import Media, Score
+from mmalign.runtime.training_record import TrainingRecord
 
 SEED_RULE = "set by the benchmark for each (prompt, sample)"
-
-
-class Generate(Protocol):
-    """Deterministic sampling: media of ``B`` prompts and the network evaluations spent."""
-
-    def __call__(
-        self,
-        policy: Policy,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        *,
-        steps: int | None = None,
-        guidance_scale: float | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> tuple[Media, int]: ...
+CPU_PIN = 8  # pictures of a network call where equal bits are wanted
 
 
 def run_benchmark(
@@ -50,6 +45,11 @@ def run_benchmark(
     save_images: bool = True,
     label: str = "",
     generate: Generate | None = None,
+    pin: int | None = None,
+    swap: bool = False,
+    strict: bool = False,
+    workers: Workers | None = None,
+    training: TrainingRecord | None = None,
 ) -> EvalResult:
     """Generate every picture a benchmark asks for, judge it, and summarise with intervals.
 
@@ -70,115 +70,177 @@ def run_benchmark(
         label: free text for reports, such as ``before``.
         generate: sampling function; :func:`mmalign.sampling.generate` unless given. It is handed
             ``dtype`` only where that is not ``None``.
+        pin: pictures of every network call, the last one filled up: pictures then have the same
+            bits in any batch size and number of processes (on one kind of CPU). ``batch_size`` is
+            rounded up to a multiple.
+        swap: generate everything before anything is judged, and move the generator off its device
+            in between, for models that do not fit beside each other.
+        strict: raise where a picture is unscored or anything is odd, after all is kept.
+        workers: the processes that share the work; see :func:`eval.workers.join`.
+        training: what the model was trained on.
 
     Raises:
         SettingsMismatchError: ``out`` holds an evaluation made with other settings.
-        ValueError: ``batch_size`` below 1, or keys that repeat or cannot be file names.
+        GapError: under ``strict``.
+        ValueError: ``batch_size`` below 1, keys that repeat or cannot be file names, or ``swap``
+            without pictures that are kept.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}")
+    if batch_size < 1 or (pin is not None and pin < 1):
+        raise ValueError(f"batch_size must be 1 or more, got {batch_size} (pin: {pin})")
+    if swap and (out is None or not save_images):
+        raise ValueError("swap judges pictures from their files: give out, and keep the pictures")
     requests = benchmark.requests(limit)
     check_keys(requests)
     dtype = None if dtype == torch.float32 else dtype
     settings = _settings(policy, benchmark, steps, guidance_scale, dtype)
-    store = Store(None if out is None else Path(out), settings, save_images)
-    run = _Run(policy, benchmark, generate or _default_generate(), settings, dtype)
-    title = f"{benchmark.name} {label}".strip() if progress else None
-    samples = _complete(store, run, requests, batch_size, title)
-    tasks, overall = summarise([s.row for s in samples])
-    result = EvalResult(
-        benchmark=benchmark.name,
-        version=benchmark.version,
+    if pin is not None:
+        settings["pin"] = pin
+        batch_size = -(-batch_size // pin) * pin
+    workers = workers or Workers()
+    store = Store(None if out is None else Path(out), settings, save_images, workers=workers)
+    source = Generated(policy, generate or _default_generate(), settings, dtype, pin)
+    title = f"{benchmark.name} {label}".strip() if progress and workers.main else None
+    run = Run(store, benchmark, source, batch_size, title)
+    samples = run.complete(requests, _away(policy) if swap else None)
+    result = _result(benchmark, requests, samples, settings, training)
+    result = replace(
+        result,
         label=label,
         policy=policy.name,
+        provenance=provenance(policy, benchmark) | {"processes": workers.count},
+        available=_available(benchmark, limit, requests),
+    )
+    return _finished(result, store, strict)
+
+
+def judge_folder(
+    images: Path | str,
+    benchmark: Benchmark,
+    out: Path | str | None = None,
+    *,
+    layout: str | None = None,
+    batch_size: int = 32,
+    limit: int | None = None,
+    progress: bool = True,
+    label: str = "",
+    strict: bool = False,
+    workers: Workers | None = None,
+    training: TrainingRecord | None = None,
+) -> EvalResult:
+    """Judge pictures that are there already, in an official folder layout.
+
+    Pictures are judged as they are, never resized, and neither copied nor changed. What is missing
+    or cannot be read is unscored, with the reason.
+
+    Args:
+        images: the folder.
+        layout: a name in :data:`eval.layouts.LAYOUTS`; the benchmark's own by default, else flat.
+        batch_size, limit, progress, label, strict, workers, training, out: as for
+            :func:`run_benchmark`.
+
+    Raises:
+        LayoutError: the folder is not in the layout.
+        SettingsMismatchError: ``out`` holds another evaluation.
+        GapError: under ``strict``; before anything is judged where a picture is missing.
+    """
+    folder = Path(images)
+    chosen = layout_of(layout or getattr(benchmark, "layout", None) or "flat")
+    requests = benchmark.requests(limit)
+    check_keys(requests)
+    # All of them: with a limit the other pictures are no strangers.
+    found = chosen.read(folder, requests if limit is None else benchmark.requests(None))
+    found = Found({r.key: found.cells[r.key] for r in requests if r.key in found.cells},
+                  found.problems)  # fmt: skip
+    lacking = [r for r in requests if r.key not in found.cells]
+    if strict and lacking:
+        raise GapError(
+            f"{len(lacking)} of {len(requests)} pictures of {benchmark.name} are missing in "
+            f"{folder} (layout {chosen.name!r}), the first is {lacking[0].key!r}: "
+            f"{lacking[0].prompt!r}"
+        )
+    settings = _folder_settings(folder, chosen.name, found, benchmark)
+    workers = workers or Workers()
+    files = {k: c.path for k, c in found.cells.items() if c.part is None}
+    store = Store(None if out is None else Path(out), settings, files=files, workers=workers)
+    title = f"{benchmark.name} {label}".strip() if progress and workers.main else None
+    run = Run(store, benchmark, Existing(found.cells), batch_size, title)
+    there = [r for r in requests if r.key in found.cells]
+    kept = {s.row.key: s for s in run.complete(there)}
+    reason = f"missing in {folder} (layout {chosen.name})"
+    lost = {r.key: Sample(unscored(r, reason), None, 0.0, 0.0) for r in lacking}
+    samples = [(kept | lost)[r.key] for r in requests]
+    result = _result(benchmark, requests, samples, settings, training)
+    result = replace(
+        result,
+        label=label,
+        policy=label or folder.resolve().name,
+        provenance=judging(benchmark) | {"images": str(folder.resolve())},
+        problems=(*result.problems, *found.problems),
+        available=_available(benchmark, limit, requests),
+    )
+    return _finished(result, store, strict)
+
+
+def _result(
+    benchmark: Benchmark,
+    requests: Sequence[Request],
+    samples: Sequence[Sample],
+    settings: dict[str, Any],
+    training: TrainingRecord | None,
+) -> EvalResult:
+    rows = tuple(s.row for s in samples)
+    tasks, overall = summarise(rows)
+    compute = getattr(benchmark, "numbers", None)
+    return EvalResult(
+        benchmark=benchmark.name,
+        version=benchmark.version,
+        label="",
+        policy="",
         settings=settings,
-        rows=tuple(s.row for s in samples),
+        rows=rows,
+        numbers={} if compute is None else dict(compute(rows)),
         tasks=tasks,
         overall=overall,
-        provenance=provenance(policy, benchmark),
         seconds=sum(s.seconds for s in samples),
         nfe=round(sum(s.nfe for s in samples), 6),
-        folder=store.folder,
+        unit=getattr(benchmark, "unit", None) or _unit(rows),
+        problems=(*getattr(benchmark, "problems", ()), *repeated(requests)),
+        training=training_facts(training, benchmark, rows),
     )
-    if store.folder is not None:
+
+
+def _unit(rows: Sequence[Row]) -> str:
+    """Of a benchmark that does not say: shares lie in [0, 1]."""
+    return "share" if all(0 <= r.value <= 1 for r in rows if r.value is not None) else "score"
+
+
+def _finished(result: EvalResult, store: Store, strict: bool) -> EvalResult:
+    """Written by the first process; under ``strict`` whole, or an error."""
+    result = replace(result, folder=store.folder)
+    if store.folder is not None and store.workers.main:
         result.save(store.folder / "result.json")
+    if strict:
+        refuse_gaps(result)
     return result
 
 
-def _complete(
-    store: Store, run: _Run, requests: Sequence[Request], batch_size: int, title: str | None
-) -> list[Sample]:
-    """Generate and judge what ``store`` lacks; the samples of all ``requests``, in their order."""
-    samples = store.finished(requests)
-    todo = [r for r in requests if r.key not in samples]
-    with track(title or "", len(requests), len(samples), enabled=title is not None) as advance:
-        for batch in _batches(todo, batch_size):
-            start = time.monotonic()
-            images, score, nfe = run(batch)
-            rows = [_row(r, score, i, store.image_name(r.key)) for i, r in enumerate(batch)]
-            made = store.add(rows, images, time.monotonic() - start, nfe)
-            samples.update({s.row.key: s for s in made})
-            advance(len(batch))
-    return [samples[r.key] for r in requests]
+def _available(benchmark: Benchmark, limit: int | None, requests: Sequence[Request]) -> int:
+    return len(requests) if limit is None else len(benchmark.requests(None))
 
 
-@dataclass(frozen=True)
-class _Run:
-    """One batch: generate, round to 8 bits, judge."""
-
-    policy: Policy
-    benchmark: Benchmark
-    generate: Generate
-    settings: dict[str, Any]
-    dtype: torch.dtype | None
-
-    @torch.no_grad()
-    def __call__(self, batch: Sequence[Request]) -> tuple[list[Image], Score, int]:
-        media, nfe = self.generate(
-            self.policy,
-            [r.prompt for r in batch],
-            [r.seed for r in batch],
-            steps=self.settings["steps"],
-            guidance_scale=self.settings["guidance_scale"],
-            **({} if self.dtype is None else {"dtype": self.dtype}),
-        )
-        if len(media) != len(batch):
-            raise ValueError(f"asked for {len(batch)} pictures, generated {len(media)}")
-        if media.kind != "image":
-            raise ValueError(f"{self.benchmark.name} judges images, the policy made a {media.kind}")
-        images = media.to_pil()
-        score = self.benchmark.judge(Media.from_pil(images), batch)
-        if len(score) != len(batch):
-            raise ValueError(f"{self.benchmark.name} judged {len(score)} of {len(batch)} pictures")
-        return images, _without_broken(score, media), nfe
-
-
-def _without_broken(score: Score, media: Media) -> Score:
-    """NaN becomes black in an 8-bit file; a judge would take that for a picture."""
-    whole = torch.isfinite(media.data).flatten(1).all(1).to(score.valid.device)
-    if bool(whole.all()):
-        return score
-    notes = score.notes or ("",) * len(score)
-    said = "the picture holds NaN or infinite values"
-    notes = tuple(n if ok else said for n, ok in zip(notes, whole.tolist(), strict=True))
-    return replace(score, valid=score.valid & whole, notes=notes)
-
-
-def _row(request: Request, score: Score, index: int, image: str | None) -> Row:
-    valid = bool(score.valid[index])
-    partial = score.parts.get("partial")
-    return Row(
-        key=request.key,
-        prompt=request.prompt,
-        task=request.task,
-        sample=request.sample,
-        seed=request.seed,
-        value=float(score.value[index]) if valid else None,
-        valid=valid,
-        note=score.notes[index] if score.notes else "",
-        partial=None if partial is None else finite(float(partial[index])),
-        image=image,
-    )
+@contextmanager
+def _away(policy: Policy) -> Iterator[None]:
+    """The generator's weights in main memory while judges need its device."""
+    pipeline, device = getattr(policy, "pipeline", None), policy.device
+    if pipeline is None or device.type == "cpu":
+        yield
+        return
+    pipeline.to("cpu")
+    torch.cuda.empty_cache()
+    try:
+        yield
+    finally:
+        pipeline.to(device)
 
 
 def _settings(
@@ -190,12 +252,8 @@ def _settings(
 ) -> dict[str, Any]:
     """Everything that changes a picture or its score; two runs that differ here never mix."""
     sampler = policy.sampler
-    used = versions()
     return {
-        "benchmark": benchmark.name,
-        "version": benchmark.version,
-        "options": getattr(benchmark, "options", {}),
-        "scorer": getattr(benchmark, "identity", None),
+        **_judged_by(benchmark),
         "policy": policy.name,
         "weights": getattr(policy, "identity", None),
         "denoiser": denoiser_digest(policy),
@@ -207,13 +265,30 @@ def _settings(
         "dtype": weights_dtype(policy),
         "autocast": None if dtype is None else str(dtype).removeprefix("torch."),
         "device": policy.device.type,
-        "libraries": {k: used[k] for k in ("torch", "diffusers")},
+        "libraries": {k: versions()[k] for k in ("torch", "diffusers")},
     }
 
 
-def _batches(requests: Sequence[Request], size: int) -> Iterator[Sequence[Request]]:
-    for start in range(0, len(requests), size):
-        yield requests[start : start + size]
+def _judged_by(benchmark: Benchmark) -> dict[str, Any]:
+    return {
+        "benchmark": benchmark.name,
+        "version": benchmark.version,
+        "options": getattr(benchmark, "options", {}),
+        "scorer": getattr(benchmark, "identity", None),
+    }
+
+
+def _folder_settings(
+    folder: Path, layout: str, found: Found, benchmark: Benchmark
+) -> dict[str, Any]:
+    settings = {**_judged_by(benchmark), "images": str(folder.resolve()), "layout": layout}
+    grids = sorted({c.path for c in found.cells.values() if c.part is not None})
+    if grids:  # their cells are kept as files, whose digests would not see the grid change
+        digest = hashlib.sha256()
+        for path in grids:
+            digest.update(f"{path.name} ".encode() + path.read_bytes())
+        settings["grids"] = digest.hexdigest()[:16]
+    return settings
 
 
 def _default_generate() -> Generate:
@@ -222,4 +297,12 @@ def _default_generate() -> Generate:
     return generate
 
 
-__all__ = ["EvalResult", "Generate", "SettingsMismatchError", "run_benchmark"]
+__all__ = [
+    "CPU_PIN",
+    "EvalResult",
+    "GapError",
+    "Generate",
+    "SettingsMismatchError",
+    "judge_folder",
+    "run_benchmark",
+]

@@ -9,6 +9,7 @@ from eval.harness import run_benchmark
 from mmalign.protocols import Policy
 from mmalign.registry import BENCHMARKS
 from mmalign.runtime.device import pick_dtype
+from mmalign.runtime.training_record import TrainingRecord
 
 
 def evaluate_in_training(policy: Policy, config: Any, folder: Path, label: str) -> None:
@@ -26,4 +27,6 @@ def evaluate_in_training(policy: Policy, config: Any, folder: Path, label: str) 
         batch_size=dials.batch_size,
         dtype=pick_dtype(config.model.precision, policy.device),
         label=label,
+        # Before the first update nothing has been seen yet.
+        training=None if label == "before" else TrainingRecord.near(folder.parents[1]),
     )

@@ -59,16 +59,36 @@ def denoiser_digest(policy: Policy) -> str:
 def provenance(policy: Policy, benchmark: Benchmark) -> dict[str, Any]:
     """What a report needs so that its numbers can be cited and repeated."""
     return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **judging(benchmark),
         "policy": policy.name,
         "family": policy.family,
         "weights": getattr(policy, "identity", None),
-        "scorer": getattr(benchmark, "identity", None),
+        "scheduler": scheduler(policy),
         "device": device_name(policy.device),
         "dtype": weights_dtype(policy),
+    }
+
+
+def judging(benchmark: Benchmark) -> dict[str, Any]:
+    """The part of :func:`provenance` that holds for pictures of unknown origin too."""
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "scorer": getattr(benchmark, "identity", None),
         "platform": platform.platform(),
         "versions": versions(),
     }
+
+
+def scheduler(policy: Policy) -> dict[str, Any] | None:
+    """Class and settings of the pipeline's scheduler; ``None`` where there is none."""
+    own = getattr(getattr(policy, "pipeline", None), "scheduler", None)
+    if own is None:
+        return None
+    settings = {k: v for k, v in sorted(own.config.items()) if not k.startswith("_")}
+    plain = {
+        k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in settings.items()
+    }
+    return {"class": type(own).__name__, **{k: v for k, v in plain.items() if v != "None"}}
 
 
 def _cpu_name() -> str:

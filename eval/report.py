@@ -1,18 +1,25 @@
-"""Self-contained HTML reports: one file each, no script, nothing fetched, opens from disk."""
+"""The report of a training run: one HTML file, no script, nothing fetched, opens from disk."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-from eval.charts import Bars, bar_chart
 from eval.comparison import Verdict, comparison_chart, comparison_table, judge_pairs, words
-from eval.gallery import Pairs, card, fair_sample, grid, pair_card
-from eval.html import Child, Markup, duration, el, facts, page, percent, section, table
+from eval.evaluation_page import (
+    EXAMPLES,
+    accuracy_said,
+    evaluation_report,
+    footer,
+    legend,
+    task_section,
+)
+from eval.gallery import Pairs, fair_sample, grid, pair_card
+from eval.html import Child, Markup, el, page, section
 from eval.panel_section import panel_section
-from eval.result import EvalResult, Row
+from eval.result import Row
 from eval.run_folder import RunFolder, read_run
-from eval.statistics import Interval, fewest_changes
+from eval.statistics import fewest_changes
 from eval.training_sections import (
     hacking_section,
     health_section,
@@ -24,7 +31,6 @@ from eval.training_sections import (
 from mmalign.runtime.files import atomic_write_bytes
 
 PER_TASK = 4  # pairs of pictures shown for each task
-EXAMPLES = 8  # pictures in a gallery of fixed, broken, best or worst
 
 
 def training_report(run_dir: Path | str, path: Path | str | None = None) -> Path:
@@ -49,29 +55,10 @@ def training_report(run_dir: Path | str, path: Path | str | None = None) -> Path
         hacking_section(run, pairs),
         panel_section(run),
         record_section(run),
-        _footer(),
+        footer(),
     ]  # fmt: skip
     target = run.path / "report.html" if path is None else Path(path)
     atomic_write_bytes(target, page(f"{title}: training report", *body).encode())
-    return target
-
-
-def evaluation_report(result: EvalResult, path: Path | str) -> Path:
-    """Write the report of one evaluation to ``path`` and return it."""
-    title = " ".join(s for s in (result.policy, result.label) if s)
-    header = el("header", el("p", f"Evaluation report: {result.benchmark} v{result.version}",
-                             class_="kicker"), el("h1", title), _headline(result),
-                _evaluation_tiles(result))  # fmt: skip
-    body: list[Child] = [
-        header,
-        _task_section(result),
-        *_galleries(result),
-        section("Settings", facts(result.settings)),
-        section("Provenance", facts(result.provenance)),
-        _footer(),
-    ]
-    target = Path(path)
-    atomic_write_bytes(target, page(f"{title}: evaluation report", *body).encode())
     return target
 
 
@@ -83,7 +70,7 @@ def _compare(run: RunFolder) -> tuple[Pairs | None, Verdict]:
         result = run.after if run.before is None else run.before
         assert result is not None
         said = f"No verdict yet: there is no evaluation {lacking} training. "
-        return None, Verdict("none", f"{said}Accuracy {there}: {_accuracy(result)}.")
+        return None, Verdict("none", f"{said}Accuracy {there}: {accuracy_said(result)}.")
     try:
         pairs = Pairs(run.before, run.after)
     except ValueError as error:
@@ -103,11 +90,11 @@ def _before_after(run: RunFolder, pairs: Pairs | None) -> Markup:
     single = run.before or run.after
     if single is None:
         return section("Before and after, by task", el("p", "Not evaluated yet.", class_="empty"))
-    return _task_section(single, f"Evaluation {'before' if run.before else 'after'} training")
+    return task_section(single, f"Evaluation {'before' if run.before else 'after'} training")
 
 
 def _pictures(pairs: Pairs) -> list[Markup]:
-    blocks: list[Child] = [_legend()]
+    blocks: list[Child] = [legend()]
     for task in pairs.tasks:
         chosen = pairs.sample(task, PER_TASK)
         blocks.append(el("h3", words(task)))
@@ -134,94 +121,4 @@ def _changes(pairs: Pairs, title: str, rows: Sequence[tuple[Row, Row]], what: st
                    "of how often it does.")  # fmt: skip
 
 
-def _legend() -> Markup:
-    kinds = (("ok", "correct"), ("no", "wrong"), ("na", "not scored"))
-    return el("p", [el("span", el("i", class_=c), w) for c, w in kinds], class_="legend")
-
-
-def _headline(result: EvalResult) -> Markup:
-    strict = result.accuracy_counting_unscored_as_wrong
-    unscored = result.overall.unscored
-    small = [el("small", f"Mean of {len(result.tasks)} task means over scored pictures.")]
-    if unscored:
-        small.append(el("small", f"{unscored} of {result.overall.n} pictures could not be scored; "
-                        f"counting them as wrong: {_said(strict)}."))  # fmt: skip
-    return el("p", f"Accuracy {_accuracy(result)}.", *small, class_="verdict none")
-
-
-def _accuracy(result: EvalResult) -> str:
-    return _said(result.accuracy)
-
-
-def _said(interval: Interval) -> str:
-    if not interval.defined:
-        return f"{percent(interval.mean)} (too few pictures for an interval)"
-    low, high = 100 * interval.low, 100 * interval.high
-    return f"{percent(interval.mean)}, 95 % interval [{low:.1f}, {high:.1f}]"
-
-
-def _evaluation_tiles(result: EvalResult) -> Markup:
-    said = (
-        (f"{len(result.rows):,}", "pictures"),
-        (duration(result.seconds), "generating and judging"),
-        (f"{result.nfe:,.0f}", "network evaluations"),
-        (f"{result.images_per_second:.2f}", "pictures per second"),
-    )
-    return el("dl", [el("div", el("dt", n), el("dd", v)) for v, n in said], class_="tiles")
-
-
-def _task_section(result: EvalResult, title: str = "By task") -> Markup:
-    rows = [Bars("mean over tasks", (result.accuracy,), strong=True)]
-    rows += [Bars(words(t), (s.accuracy,)) for t, s in result.tasks.items()]
-    head = ("task", "accuracy", "unscored as wrong", "pictures", "unscored", "prompts", "resampled")
-    summaries = {"mean over tasks": result.overall, **result.tasks}
-    body = [
-        (
-            words(name),
-            percent(s.accuracy.mean),
-            percent(s.accuracy_counting_unscored_as_wrong.mean),
-            str(s.n),
-            str(s.unscored),
-            str(s.accuracy_counting_unscored_as_wrong.clusters),
-            s.accuracy.unit,
-        )
-        for name, s in summaries.items()
-    ]
-    note = (
-        "95 % bootstrap intervals. Prompts are resampled; tasks of fewer than ten prompts "
-        "resample pictures and say nothing about other prompts."
-    )
-    chart = el("div", bar_chart(rows, ("accuracy",)), class_="card")
-    return section(title, chart, table(head, body), note=note)
-
-
-def _galleries(result: EvalResult) -> list[Markup]:
-    scored = [r for r in result.rows if r.valid]
-    if not any(result.image_path(r) for r in result.rows):
-        note = "The pictures of this evaluation were not kept."
-        return [section("Pictures", el("p", note, class_="empty"))]
-    # Stable sort: ties keep the benchmark's order, which takes the tasks in turn.
-    ranked = sorted(scored, key=lambda r: (r.value or 0.0, r.partial or 0.0))
-    fair = fair_sample(result.rows, 2 * EXAMPLES)
-    failed = [r for r in result.rows if not r.valid]
-    parts = [
-        _gallery(result, "A fair sample", fair, "Drawn at random with a fixed seed, without "
-                 "regard to scores.", legend=True),
-        _gallery(result, "Best", ranked[::-1][:EXAMPLES], "Highest score, then partial credit."),
-        _gallery(result, "Worst", ranked[:EXAMPLES], "Lowest score, then partial credit."),
-    ]  # fmt: skip
-    if failed:
-        note = f"{len(failed)} pictures could not be judged; these are the first."
-        parts.append(_gallery(result, "Not scored", failed[:EXAMPLES], note))
-    return parts
-
-
-def _gallery(
-    result: EvalResult, title: str, rows: Sequence[Row], note: str, legend: bool = False
-) -> Markup:
-    cards = grid([card(result, r) for r in rows], single=True)
-    return section(title, _legend() if legend else None, cards, note=note)
-
-
-def _footer() -> Markup:
-    return el("footer", "Written by mmalign. One file, no script, nothing fetched.")
+__all__ = ["evaluation_report", "training_report"]

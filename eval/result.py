@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from eval.statistics import Interval, bootstrap_mean, bootstrap_task_mean
+from mmalign.registry import unknown
 from mmalign.runtime.files import atomic_write_bytes
 
 FORMAT = 1  # of result.json
@@ -18,7 +19,8 @@ FORMAT = 1  # of result.json
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One picture. ``value`` and ``partial`` are ``None`` where it could not be scored (or where
-    the benchmark has no partial credit); ``image`` is a path relative to the result's folder."""
+    the benchmark has no partial credit); ``image`` is a path relative to the result's folder;
+    ``parts`` are kept where the benchmark's own numbers need them (``keeps_parts``)."""
 
     key: str
     prompt: str
@@ -30,6 +32,7 @@ class Row:
     note: str = ""
     partial: float | None = None
     image: str | None = None
+    parts: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +83,11 @@ class EvalResult:
         provenance: library versions, device, platform, identities, time.
         seconds: time spent on generating and judging these pictures.
         nfe: network evaluations spent on these pictures.
+        numbers: what the benchmark's authors report, by name; ``None`` where it is undefined.
+        unit: of the values: ``share`` in [0, 1], or ``score`` on a scale of the benchmark's own.
+        available: pictures that the benchmark asks for without ``limit``; ``None`` is unknown.
+        problems: what is odd with the pictures, in words.
+        training: what the model was trained on that bears on this result; see :mod:`eval.trust`.
         folder: where ``images/`` lies; not part of the file.
     """
 
@@ -94,6 +102,11 @@ class EvalResult:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
     nfe: float = 0.0
+    numbers: Mapping[str, float | None] = field(default_factory=dict)
+    unit: str = "share"
+    available: int | None = None
+    problems: tuple[str, ...] = ()
+    training: Mapping[str, Any] = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
 
     @property
@@ -105,6 +118,11 @@ class EvalResult:
     def accuracy_counting_unscored_as_wrong(self) -> Interval:
         """Mean over tasks, every unscored picture a zero."""
         return self.overall.accuracy_counting_unscored_as_wrong
+
+    @property
+    def limited(self) -> bool:
+        """Whether this is a part of the benchmark only."""
+        return self.available is not None and len(self.rows) < self.available
 
     @property
     def images_per_second(self) -> float:
@@ -129,7 +147,12 @@ class EvalResult:
             "provenance": dict(self.provenance),
             "seconds": self.seconds,
             "nfe": self.nfe,
+            "numbers": dict(self.numbers),
             "images_per_second": self.images_per_second,
+            "unit": self.unit,
+            "available": self.available,
+            "problems": list(self.problems),
+            "training": dict(self.training),
             "rows": [asdict(r) for r in self.rows],
         }
         return json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
@@ -145,7 +168,9 @@ class EvalResult:
         if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(f"not an evaluation result of format {FORMAT}")
         data.pop("images_per_second", None)
-        data["rows"] = tuple(Row(**r) for r in data["rows"])
+        _known(data, EvalResult, "result")
+        data["problems"] = tuple(data.get("problems", ()))
+        data["rows"] = tuple(_row(r, n) for n, r in enumerate(data["rows"], 1))
         data["tasks"] = {t: Summary.from_json(s) for t, s in data["tasks"].items()}
         data["overall"] = Summary.from_json(data["overall"])
         return EvalResult(**data, folder=folder)
@@ -158,6 +183,18 @@ class EvalResult:
     def load(path: Path) -> EvalResult:
         """Read ``result.json``; pictures are looked for beside it."""
         return EvalResult.from_json(path.read_text(encoding="utf-8"), path.parent)
+
+
+def _row(data: Mapping[str, Any], number: int) -> Row:
+    _known(data, Row, f"row {number}")
+    return Row(**data)
+
+
+def _known(data: Mapping[str, Any], kind: Any, what: str) -> None:
+    known = {f.name for f in fields(kind)}
+    for name in data:
+        if name not in known:
+            raise unknown(f"column of {what}", name, known)
 
 
 def summarise(rows: Sequence[Row]) -> tuple[dict[str, Summary], Summary]:

@@ -114,6 +114,43 @@ def interval_of(
     return Interval(mean, min(float(low), mean), max(float(high), mean), *sizes, "prompt", level)
 
 
+def interval_over_prompts(
+    statistic: Statistic,
+    runs: Sequence[np.ndarray],
+    pictures: Pictures,
+    *,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+    bounds: tuple[float, float] = (-math.inf, math.inf),
+) -> Interval:
+    """As :func:`interval_of`, where seeds are nothing but further noise for the same prompts.
+
+    Nothing is common to the pictures of a seed then, so seeds are further samples of each prompt,
+    and prompts, with all their samples and the same for all methods, are what is drawn anew.
+
+    Args:
+        runs: ``(S, P, K, Q)`` of each method, with one number of seeds.
+
+    Raises:
+        ValueError: the numbers of seeds differ, so that pictures cannot be paired.
+    """
+    seeds = {len(r) for r in runs}
+    if len(seeds) != 1:
+        raise ValueError(f"methods have {sorted(seeds)} seeds; pairs need the same ones for each")
+    times = seeds.pop()
+    folded = [np.concatenate(list(r), 1)[None] for r in runs]
+    every = Pictures(pictures.tasks * times, pictures.prompts * times)
+    mean = float(statistic(*[every.cells(r) for r in folded])[0])
+    weights = every.draw(samples, np.random.default_rng(seed))
+    drawn = statistic(*[every.cells(r, weights) for r in folded])
+    sizes = (sum(r.shape[2] for r in folded), len(set(pictures.prompts)))
+    if not np.isfinite(drawn).all():
+        return Interval(mean, math.nan, math.nan, *sizes, "none", level)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).clip(*bounds)
+    return Interval(mean, min(float(low), mean), max(float(high), mean), *sizes, "prompt", level)
+
+
 def _redrawn(cells: np.ndarray, samples: int, rng: np.random.Generator) -> np.ndarray:
     """``(S, ...)`` with ``S - 1`` seeds drawn anew for each replicate: ``(R, S - 1, ...)``."""
     return np.asarray(cells[rng.integers(len(cells), size=(samples, len(cells) - 1))])

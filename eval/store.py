@@ -2,7 +2,8 @@
 
 ``settings.json`` says what the pictures were made with, ``images/<key>.png`` holds them, and
 ``samples.jsonl`` one line for each with its SHA-256 and score.  A line is written after its
-picture, so a kill at any time loses at most the batch in flight.
+picture, so a kill at any time loses at most the batches in flight.  Several processes write a file
+of lines each, ``samples-<rank>.jsonl``; the first joins them, at the end or after a kill.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from PIL.Image import Image
 
 from eval.result import Row
+from eval.workers import Workers
 from mmalign.protocols import Request
 from mmalign.runtime.files import atomic_write_bytes
 from mmalign.runtime.settings import SettingsMismatchError, agree
@@ -29,16 +31,22 @@ _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a key becomes a file na
 
 @dataclass(frozen=True)
 class Sample:
-    """A finished picture: its row, the digest of its file, and its share of the batch's cost."""
+    """A finished picture: its row, the digest of its file, and its share of the batch's cost.
+
+    One that is made and kept but not yet ``judged`` has an unscored row.
+    """
 
     row: Row
     sha256: str | None
     seconds: float
     nfe: float
+    judged: bool = True
 
     def line(self) -> str:
         """One line of ``samples.jsonl``."""
         cost = {"sha256": self.sha256, "seconds": self.seconds, "nfe": self.nfe}
+        if not self.judged:
+            cost["judged"] = False
         return json.dumps({**asdict(self.row), **cost}, ensure_ascii=False, allow_nan=False) + "\n"
 
     @staticmethod
@@ -47,7 +55,8 @@ class Sample:
         try:
             data = json.loads(line)
             cost = {k: data.pop(k) for k in ("sha256", "seconds", "nfe")}
-            return Sample(Row(**data), **cost)
+            judged = data.pop("judged", True)
+            return Sample(Row(**data), **cost, judged=judged)
         except (ValueError, TypeError, KeyError, AttributeError):
             return None
 
@@ -59,26 +68,50 @@ class Store:
         folder: created if missing; an earlier run in it is continued.
         settings: what must agree for pictures to belong to one run.
         save_images: keep the pictures; without them a finished row is trusted as it stands.
+        files: pictures that are there already, by key: they are neither copied nor changed.
+        workers: the processes that fill the folder together.
 
     Raises:
         SettingsMismatchError: the folder holds another run; the message names what differs.
     """
 
     def __init__(
-        self, folder: Path | None, settings: Mapping[str, Any], save_images: bool = True
+        self,
+        folder: Path | None,
+        settings: Mapping[str, Any],
+        save_images: bool = True,
+        *,
+        files: Mapping[str, Path] | None = None,
+        workers: Workers | None = None,
     ) -> None:
         self.folder = folder
         self.save_images = save_images and folder is not None
+        self.workers = workers or Workers()
+        self._files = files or {}
         self._samples: dict[str, Sample] = {}
         if folder is None:
             return
+        found: dict[str, Sample] | Exception = {}
+        if self.workers.main:
+            try:
+                found = self._opened(folder, settings)
+            except Exception as error:  # the others wait for an answer, whatever it is
+                found = error
+        found = self.workers.from_main(found)
+        if isinstance(found, Exception):
+            raise found
+        self._samples = found
+
+    def _opened(self, folder: Path, settings: Mapping[str, Any]) -> dict[str, Sample]:
         folder.mkdir(parents=True, exist_ok=True)
         agree(folder, settings, "an evaluation")
-        self._samples = {s.row.key: s for s in self._read() if self._verified(s)}
+        self._samples = {s.row.key: s for s in self._read()}  # of one key the last line counts
+        self._samples = {k: s for k, s in self._samples.items() if self._verified(s)}
         self._rewrite()
+        return self._samples
 
     def finished(self, requests: Sequence[Request]) -> dict[str, Sample]:
-        """Verified samples of ``requests`` by key.
+        """Verified and judged samples of ``requests`` by key.
 
         Raises:
             SettingsMismatchError: a stored picture answers another prompt or seed than asked now.
@@ -92,42 +125,81 @@ class Store:
                     f"{row.seed}, but {request.prompt!r} with seed {request.seed} is asked for; "
                     "use another folder"
                 )
-        return found
+        return {key: sample for key, sample in found.items() if sample.judged}
+
+    def unjudged(self, requests: Sequence[Request]) -> dict[str, Sample]:
+        """Verified samples of ``requests`` that were made and kept, but not judged yet."""
+        found = {r.key: self._samples.get(r.key) for r in requests}
+        return {k: s for k, s in found.items() if s is not None and not s.judged}
 
     def add(
-        self, rows: Sequence[Row], images: Sequence[Image], seconds: float, nfe: float
+        self,
+        rows: Sequence[Row],
+        images: Sequence[Image | None],
+        seconds: float,
+        nfe: float,
+        judged: bool = True,
     ) -> list[Sample]:
-        """Keep one finished batch: pictures first, then their lines."""
-        shares = (seconds / len(rows), nfe / len(rows))
-        made = [Sample(r, self._keep(r, i), *shares) for r, i in zip(rows, images, strict=True)]
+        """Keep one finished batch: pictures first (``None``: nothing to write), then their lines.
+
+        What an earlier call said of the same picture is replaced, its cost added.
+        """
+        made = []
+        for row, image in zip(rows, images, strict=True):
+            before = self._samples.get(row.key)
+            spent = (before.seconds, before.nfe) if before and not before.judged else (0.0, 0.0)
+            shares = (spent[0] + seconds / len(rows), spent[1] + nfe / len(rows))
+            made.append(Sample(row, self._keep(row, image), *shares, judged))
         self._samples.update({s.row.key: s for s in made})
         if self.folder is not None:
-            with (self.folder / "samples.jsonl").open("a", encoding="utf-8") as file:
+            with self._lines.open("a", encoding="utf-8") as file:
                 file.writelines(s.line() for s in made)
                 file.flush()
                 os.fsync(file.fileno())
         return made
 
+    def join(self, samples: Sequence[Sample]) -> list[Sample]:
+        """Everybody's ``samples``; the first process writes them into one file."""
+        every = self.workers.gather(samples)
+        self._samples.update({s.row.key: s for s in every})
+        if self.folder is not None and self.workers.main and self.workers.count > 1:
+            self._rewrite()
+        return every
+
     def image_name(self, key: str) -> str | None:
         """Path of a picture relative to the folder; ``None`` where pictures are not kept."""
+        if self.folder is not None and key in self._files:
+            return os.path.relpath(self._files[key], self.folder)
         return f"images/{key}.png" if self.save_images else None
 
-    def _keep(self, row: Row, image: Image) -> str | None:
+    @property
+    def _lines(self) -> Path:
+        assert self.folder is not None
+        rank = f"-{self.workers.rank}" if self.workers.count > 1 else ""
+        return self.folder / f"samples{rank}.jsonl"
+
+    def _keep(self, row: Row, image: Image | None) -> str | None:
         if self.folder is None or row.image is None:
             return None
+        path = self.folder / row.image
+        if image is None or row.key in self._files:
+            return _digest(path)
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
-        atomic_write_bytes(self.folder / row.image, buffer.getvalue())
+        atomic_write_bytes(path, buffer.getvalue())
         return hashlib.sha256(buffer.getvalue()).hexdigest()
 
     def _read(self) -> list[Sample]:
-        assert self.folder is not None
-        path = self.folder / "samples.jsonl"
-        if not path.exists():
-            return []
         # A picture file cut short by a kill is seen by its digest, a line by not parsing.
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        texts = (p.read_text(encoding="utf-8", errors="replace") for p in self._all_lines())
+        lines = (line for text in texts for line in text.splitlines())
         return [s for s in map(Sample.parse, lines) if s is not None]
+
+    def _all_lines(self) -> list[Path]:
+        assert self.folder is not None
+        joined = self.folder / "samples.jsonl"
+        parts = sorted(self.folder.glob("samples-*.jsonl"))
+        return [*([joined] if joined.exists() else []), *parts]
 
     def _verified(self, sample: Sample) -> bool:
         row = sample.row
@@ -137,14 +209,23 @@ class Store:
 
     def _intact(self, sample: Sample) -> bool:
         assert self.folder is not None and sample.row.image is not None
-        path = self.folder / sample.row.image
-        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == sample.sha256
+        digest = _digest(self.folder / sample.row.image)
+        return digest is not None and digest == sample.sha256
 
     def _rewrite(self) -> None:
         """Drop torn and unverified lines, so that appending starts on a clean line."""
         assert self.folder is not None
         text = "".join(s.line() for s in self._samples.values())
+        parts = self._all_lines()
         atomic_write_bytes(self.folder / "samples.jsonl", text.encode())
+        for part in parts:  # only now: a kill in between leaves every line somewhere
+            if part.name != "samples.jsonl":
+                part.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file; ``None`` where there is none."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def check_keys(requests: Sequence[Request]) -> None:

@@ -132,23 +132,32 @@ def calibrate(
 
 
 def evaluate(
-    policy: Any,
+    policy: Any = None,
     benchmark: Any = "shapes",
     *,
+    images: str | Path | None = None,
+    layout: str | None = None,
     out: str | Path | None = None,
     lora: str | Path | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
     batch_size: int = 32,
+    pin: int | None = None,
+    swap: bool = False,
     limit: int | None = None,
+    strict: bool = False,
     samples_per_prompt: int | None = None,
+    data: str | Path | None = None,
+    options: Mapping[str, Any] | None = None,
     dtype: str | torch.dtype | None = None,
     device: str = "auto",
     report: bool = True,
+    table: str | Path | None = None,
+    export: str | Path | None = None,
     label: str = "",
     progress: bool = True,
 ) -> EvalResult:
-    """Run a generator through a benchmark: numbers per task with 95 % intervals.
+    """Run a generator, or pictures, through a benchmark: numbers per task with 95 % intervals.
 
     ::
 
@@ -161,57 +170,43 @@ def evaluate(
         policy: a policy, a diffusers pipeline object (used in place), or a shipped name, folder
             or hub name.
         benchmark: a registered name or a :class:`~mmalign.protocols.Benchmark`.
+        images: in place of a policy, a folder of pictures in ``layout``.
+        layout: a name in :data:`eval.layouts.LAYOUTS`; the benchmark's own by default.
         out: folder for results; an interrupted run in it is continued. ``None`` keeps nothing.
         lora: a LoRA file or folder to load into the pipeline first.
         steps, guidance_scale: ``None`` takes the policy's recommended sampler.
         batch_size: pictures generated at once; does not change what is asked for.
+        pin: pictures of every network call, so that no bit depends on the batch size; 8 on a CPU,
+            0 for whatever the batch holds, which other devices do.
+        swap: generate everything first, then judge: generator and judges never share the device.
         limit: only the first requests, balanced over tasks.
-        samples_per_prompt: pictures of each prompt, where ``benchmark`` is a name.
+        strict: an unscored or missing picture, or anything odd, is an error.
+        samples_per_prompt, data, options: pictures of each prompt, the official files, and the
+            benchmark's own options, where ``benchmark`` is a name.
         dtype: autocast precision (``fp32``, ``bf16``, ``fp16``, ``auto``); part of the settings
             that must agree for a run to be continued. ``None`` leaves the weights' own.
         device: ``auto`` is the best there is, for a pipeline or policy object where it is.
         report: write ``report.html`` into ``out``.
+        table: a ``.jsonl``, ``.csv`` or ``.parquet`` file for a line a picture.
+        export: a folder for copies of the pictures in ``layout``.
         label: free text for reports, such as ``before``.
         progress: show progress with time left on standard error.
 
     Raises:
-        UnknownNameError: unknown policy, benchmark, device or precision.
+        UnknownNameError: unknown policy, benchmark, layout, device or precision.
         SettingsMismatchError: ``out`` holds an evaluation made with other settings.
+        LayoutError: a folder that is not in the layout. GapError: under ``strict``.
         ValueError: options that do not go together.
     """
-    from eval.harness import run_benchmark
-    from mmalign.policies.load import policy_on
-    from mmalign.runtime.device import pick_dtype
+    from eval.entry import evaluate as run
 
-    loaded = policy_on(policy, device, lora)
-    result = run_benchmark(
-        loaded,
-        _benchmark(benchmark, samples_per_prompt),
-        out,
-        steps=steps,
-        guidance_scale=guidance_scale,
-        batch_size=batch_size,
-        limit=limit,
-        dtype=pick_dtype(dtype, loaded.device) if isinstance(dtype, str) else dtype,
-        progress=progress,
-        label=label,
-    )
-    if report and result.folder is not None:
-        from eval.report import evaluation_report
-
-        evaluation_report(result, result.folder / "report.html")
-    return result
-
-
-def _benchmark(benchmark: Any, samples_per_prompt: int | None) -> Any:
-    from mmalign.registry import BENCHMARKS
-
-    if not isinstance(benchmark, str):
-        if samples_per_prompt is not None:
-            raise ValueError("samples_per_prompt belongs to the benchmark object: set it there")
-        return benchmark
-    cls = BENCHMARKS.load(benchmark)
-    return cls() if samples_per_prompt is None else cls(samples_per_prompt=samples_per_prompt)
+    own = {"samples_per_prompt": samples_per_prompt, "data": data, **(options or {})}
+    shared = {"out": out, "batch_size": batch_size, "limit": limit, "strict": strict}
+    return run(
+        policy, benchmark, images=images, layout=layout, lora=lora, device=device, dtype=dtype,
+        pin=pin, steps=steps, guidance_scale=guidance_scale, swap=swap, benchmark_options=own,
+        report=report, table=table, export=export, label=label, progress=progress, **shared,
+    )  # fmt: skip
 
 
 # --- steer ------------------------------------------------------------------------------------

@@ -13,6 +13,11 @@ import sys
 from collections.abc import Callable, Sequence
 
 from mmalign import __version__
+from mmalign.commands.compare import add_arguments as _compare
+from mmalign.commands.data import add_arguments as _data
+from mmalign.commands.evaluate import add_arguments as _evaluate
+from mmalign.commands.leaderboard import add_arguments as _leaderboard
+from mmalign.commands.prefs import add_arguments as _prefs
 
 # Errors defined in, or raised by, these packages were written for the user to read.
 _OURS = ("mmalign", "vision_rewards", "trainers", "eval")
@@ -97,21 +102,6 @@ def _score(parser: Parser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
 
 
-def _evaluate(parser: Parser) -> None:
-    parser.add_argument("--policy", required=True, metavar="NAME_OR_PATH", help="the generator")
-    parser.add_argument("--benchmark", default="shapes", help="see: mmalign list benchmarks")
-    parser.add_argument("--lora", metavar="PATH", help="a LoRA adapter to load into it")
-    parser.add_argument("--out", metavar="DIR", help="where results, pictures and report go")
-    parser.add_argument("--steps", type=int, help="sampling steps (the policy's own)")
-    parser.add_argument("--guidance-scale", type=float, help="guidance (the policy's own)")
-    parser.add_argument("--batch-size", type=int, help="pictures generated at once")
-    parser.add_argument("--limit", type=int, help="only so many requests")
-    parser.add_argument("--samples-per-prompt", type=int, help="pictures of each prompt")
-    parser.add_argument("--device", help="auto, cpu, cuda or mps")
-    parser.add_argument("--dtype", help="autocast precision: auto, fp32, bf16 or fp16")
-    parser.add_argument("--no-report", action="store_true", help="write no HTML report")
-
-
 def _evaluate_reward(parser: Parser) -> None:
     text = "see: mmalign list reward-benchmarks"
     parser.add_argument("--benchmark", default="shapes_rewards", help=text)
@@ -144,12 +134,15 @@ def _doctor(parser: Parser) -> None:
 
 
 def _bench_methods(parser: Parser) -> None:
-    text = "compare training methods at equal compute; without it: measure speed and memory"
-    parser.add_argument("what", nargs="?", choices=["methods"], help=text)
-    group = parser.add_argument_group("bench methods (also --threads, --out DIR, --json)")
+    text = "compare training or steering methods; without it: measure speed and memory"
+    parser.add_argument("what", nargs="?", choices=["methods", "steering"], help=text)
+    text = "bench methods, bench steering (also --threads, --out DIR, --json)"
+    group = parser.add_argument_group(text)
     group.add_argument("--methods", metavar="A,B,...", help="rows of the table (all)")
     group.add_argument("--seeds", metavar="0,1,...", help="seeds of each method (the table's)")
-    group.add_argument("--nfe", type=int, help="network evaluations of a run (the table's)")
+    group.add_argument("--nfe", type=int, help="methods: evaluations of a run (the table's)")
+    text = "steering: a tuned model, folder of a pipeline or of a LoRA; --reward steers"
+    group.add_argument("--tuned", metavar="FOLDER", help=text)
     group.add_argument("--table", metavar="FILE", help="another table than the shipped one")
     group.add_argument("--short", action="store_true", help="a rehearsal of a minute or two")
     text = "runs side by side (1); 0 runs nothing and writes the page from what is there"
@@ -182,6 +175,8 @@ def _bench(parser: Parser) -> None:
     )
     text = "run the denoiser through torch.compile (inductor, or another back-end)"
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help=text)
+    text = "measure an evaluation end to end: generate, judge and write (shapes)"
+    parser.add_argument("--evaluate", nargs="?", const="shapes", metavar="BENCHMARK", help=text)
     text = "a row for each of these objectives, or for all of them"
     parser.add_argument("--objectives", metavar="all|A,B,...", help=text)
     parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
@@ -291,8 +286,12 @@ COMMANDS: dict[str, tuple[str, Callable[[Parser], None]]] = {
     "serve-reward": ("score pictures for other machines, over HTTP", _serve_reward),
     "train-reward": ("train a reward model on comparisons, ratings or labels", _train_reward),
     "label": ("compare pictures in a browser, for training on the labels", _label),
+    "prefs": ("check a file of preferred pictures, or make one", _prefs),
     "calibrate": ("reference values that put a reward on a scale", _calibrate),
     "evaluate": ("run a generator through a benchmark", _evaluate),
+    "data": ("official files of benchmarks: list, get, check", _data),
+    "compare": ("results of one benchmark, prompt by prompt", _compare),
+    "leaderboard": ("every result below a folder in one page", _leaderboard),
     "evaluate-reward": ("rank rewards and judges by human preferences", _evaluate_reward),
     "list": ("what there is: rewards, policies, recipes, ...", _list),
     "doctor": ("what this machine can run and what is missing", _doctor),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
@@ -274,18 +274,36 @@ class Steerer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One picture a benchmark asks for; the noise seed depends on prompt and sample alone."""
+    """One picture a benchmark asks for; the noise seed depends on prompt and sample alone.
+
+    Attributes:
+        key: of the picture; distinct, and usable as a file name.
+        item: of the prompt in the official data (a line number, an identifier), by which official
+            folder layouts name files; empty where the benchmark has no such layout.
+        metadata: the prompt's record in the official data, for layouts that keep it with the
+            pictures and for judges that need it.
+    """
 
     key: str
     prompt: str
     task: str
     sample: int
     seed: int
+    item: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @runtime_checkable
 class Benchmark(Protocol):
-    """A versioned set of requests and the rule that turns pictures into numbers."""
+    """A versioned set of requests and the rule that turns pictures into numbers.
+
+    Beside these a benchmark may have ``options`` (a mapping of its settings), ``identity`` (of what
+    judges), ``scorers`` (names of the rewards its numbers rest on, so that a result made with the
+    reward of the training is marked), ``layout`` (a name in :mod:`eval.layouts`), ``unit``
+    (``share`` of right pictures, or ``score``; without it the values tell), ``numbers(rows)`` (what
+    its authors report, by name), ``keeps_parts`` (whether that needs the parts of the scores) and
+    ``seed_rule`` (in words).
+    """
 
     name: str
     version: str

@@ -119,6 +119,9 @@ for _name, _target, _summary in (
     ("dpok", "trainers.dpok:Dpok", "a KL at every step, with a learned value as baseline"),
     ("flow_dppo", "trainers.flow_dppo:FlowDppo", "a trust region of divergences, no clip"),
     ("euphonium", "trainers.euphonium:Euphonium", "rollouts guided by a reward's gradient"),
+    ("d3po", "trainers.d3po:D3po", "DPO on every step of two trajectories of a prompt"),
+    ("spo", "trainers.spo:Spo", "DPO on children of the same noisy state"),
+    ("prdp", "trainers.prdp:Prdp", "reward differences regressed by log-ratios of trajectories"),
 ):
     OBJECTIVES.add(_name, _target, _summary)
 for _name, _target, _summary in (
@@ -140,6 +143,15 @@ for _name, _target, _summary in (
     ("srum", "trainers.srum:Srum", "matching weighted place by place by a judge's regions"),
 ):
     OBJECTIVES.add(_name, _target, _summary)
+for _name, _target, _summary in (
+    ("diffusion_dpo", "diffusion_dpo:DiffusionDpo", "preferred and rejected pictures, noised"),
+    ("ipo", "ipo:Ipo", "margins of preference regressed onto a finite one"),
+    ("diffusion_kto", "diffusion_kto:DiffusionKto", "pictures that were liked or not, unpaired"),
+    ("mapo", "mapo:Mapo", "preferences without a reference"),
+    ("inpo", "inpo:Inpo", "preferences on latents inverted by the model"),
+    ("sail", "sail:Sail", "rounds of own pairs, ranked by the model's implicit reward"),
+):
+    OBJECTIVES.add(_name, f"trainers.preferences.{_target}", _summary)
 STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")
 for _name, _target, _summary in (
     ("random_search", "mmalign.steering.noise_search:RandomSearch", "rounds of 2, 4, 8 ... noises"),
@@ -155,6 +167,22 @@ for _name, _target, _summary in (
 ):
     STEERERS.add(_name, _target, _summary)
 BENCHMARKS.add("shapes", "eval.benchmarks.shapes:ShapesBenchmark", "six GenEval tasks, offline")
+for _name, _target, _summary in (
+    ("shapes_geneval", "shapes_geneval:ShapesGenEval", "GenEval's networks and rules, offline"),
+    ("geneval", "geneval:GenEvalBenchmark", "six tasks judged by a detector (GenEval)"),
+    ("t2i_compbench", "compbench:T2ICompBench", "attributes, positions, numbers, actions"),
+    ("dpg_bench", "dpg:DPGBench", "long prompts, a graph of questions each"),
+    ("unigenbench", "unigenbench:UniGenBench", "test points in 27 dimensions, by a judge"),
+    ("hpsv2", "hpsv2:HPSv2Benchmark", "four styles, by HPSv2"),
+    ("parti", "prompt_sets:PartiPrompts", "PartiPrompts, by any reward"),
+    ("drawbench", "prompt_sets:DrawBench", "DrawBench, by any reward"),
+    ("pickscore", "prompt_sets:PickScorePrompts", "prompts of Pick-a-Pic's users"),
+    ("ocr", "prompt_sets:OcrBenchmark", "quoted words have to be readable"),
+    ("genai_bench", "prompt_sets:GenAIBenchPrompts", "compositional prompts, by VQAScore"),
+    ("wise", "wise:Wise", "world knowledge, by a judge"),
+    ("dreambench", "dreambench:DreamBench", "one subject in new places: DINO, CLIP-I, CLIP-T"),
+):
+    BENCHMARKS.add(_name, f"eval.benchmarks.{_target}", _summary)
 for _name, _target, _summary in (
     ("shapes_rewards", "shapes:ShapesRewards", "controlled differences of known truth, offline"),
     ("pick_a_pic", "pick_a_pic:PickAPic", "Pick-a-Pic: which of two pictures people chose"),

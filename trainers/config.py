@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mmalign.config import ConfigError
+from trainers.pair_config import PairConfig
 from trainers.panel_config import PanelConfig
 
 
@@ -306,6 +307,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     panel: PanelConfig | None = None
+    pairs: PairConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "prompts_per_step", "save_every", "keep_checkpoints"):

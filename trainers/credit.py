@@ -25,6 +25,8 @@ from vision_rewards.guard import RewardFailedError
 
 T = TypeVar("T")
 
+STATES = frozenset({"values", "children"})  # needs that have states on the way scored
+
 
 @dataclass(frozen=True)
 class Credit:
@@ -38,8 +40,9 @@ class Credit:
         options: the recipe's ``advantage`` section.
         values: ``(B, S + 1)``; column ``j`` is the value of the state before recorded step ``j``,
             column ``S`` that of the state after the last. Filled where the objective needs
-            ``values``, else ``None``.
-        valid: ``(B, S + 1)`` bool, which of them were scored.
+            ``values``, else ``None``. For one that needs ``children``: ``(B, S)``, the states that
+            each recorded step led to.
+        valid: which of them were scored, shaped like ``values``.
         lowest: lower end of the reward's range, ``None`` where it is open.
         history: mean and deviation of the rewards of the run so far, this step included; filled
             where the objective needs ``history``.
@@ -96,7 +99,7 @@ class Credit:
             scored = advantage[self.score.valid].abs()
             sizes = scored.reshape(*scored.shape[:2], -1).mean((0, 2)).tolist()
             found |= {f"by_step/advantage/{k}": a for k, a in zip(self.steps, sizes, strict=True)}
-        if self.values is None:
+        if self.values is None or self.values.shape[1] == len(self.steps):  # of children
             return found
         gains, valid = self.gains()
         for j, k in enumerate(self.steps):
@@ -117,8 +120,9 @@ def score_states(
     steps: int,
     batch_size: int,
     dtype: torch.dtype | None,
+    children: bool = False,
 ) -> tuple[Tensor, Tensor, int]:
-    """Rewards of the completions of the states at ``positions``.
+    """Rewards of the completions of the states at ``positions``, as :func:`complete` takes them.
 
     All samples at one position are scored in one call, as the final pictures are: what compares
     the samples of a prompt compares those at the same step, and memory holds one set of pictures.
@@ -127,8 +131,9 @@ def score_states(
         Values ``(B, M)`` and their validity, on the CPU, and the network evaluations spent.
     """
     ends, nfe = complete(
-        policy, rollout, positions, steps=steps, batch_size=batch_size, dtype=dtype
-    )
+        policy, rollout, positions,
+        steps=steps, children=children, batch_size=batch_size, dtype=dtype,
+    )  # fmt: skip
     scores = []
     for column in ends.unbind(1):
         with autocast(policy.device, dtype):
@@ -220,7 +225,7 @@ def check(objective: Any, options: AdvantageConfig, info: RewardInfo, separate: 
         ConfigError: names the setting and what to do.
     """
     name = type(objective).__name__
-    if "values" in getattr(objective, "needs", ()):
+    if STATES & getattr(objective, "needs", frozenset()):
         if options.baseline == "tracker":
             raise ConfigError(
                 f"advantage.baseline is 'tracker', but {name} compares values within a group; "
@@ -231,6 +236,13 @@ def check(objective: Any, options: AdvantageConfig, info: RewardInfo, separate: 
                 f"{name} takes the value of a state from the sum of the rewards, which cannot be "
                 "kept separate; use advantage.combine 'rewards' and a weighted_sum"
             )
+    if "children" in getattr(objective, "needs", ()):
+        for key, value in (("keep", options.keep), ("std", options.std)):
+            if value != getattr(AdvantageConfig(), key):
+                raise ConfigError(
+                    f"advantage.{key} is {value!r}, but {name} chooses the best and the worst at "
+                    "every step by itself; remove it"
+                )
     if getattr(objective, "critic", None) is not None:
         _check_critic(name, options, separate)
     own = getattr(objective, "check_reward", None)

@@ -53,6 +53,12 @@ class PromptSource:
             self._shuffled = (epoch, order)
         return self.lines[self._shuffled[1][index]]
 
+    def seen(self, count: int) -> set[str]:
+        """The prompts before position ``count``."""
+        if self.lines and count >= len(self.lines):
+            return set(self.lines)
+        return {self[i] for i in range(count)}
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -66,17 +72,21 @@ class Rows:
     def __len__(self) -> int:
         return len(self.prompts)
 
-    def part(self, rank: int, world: int) -> Rows:
-        """The contiguous share of process ``rank`` of ``world``."""
-        return self[slice(*share(len(self), rank, world))]
+    def part(self, rank: int, world: int, unit: int = 1) -> Rows:
+        """The contiguous share of process ``rank`` of ``world``, in whole units of rows."""
+        return self[slice(*share(len(self), rank, world, unit))]
 
     def __getitem__(self, rows: slice) -> Rows:
         return Rows(self.prompts[rows], self.groups[rows], self.seeds[rows], self.init_seeds[rows])
 
 
-def share(total: int, rank: int, world: int) -> tuple[int, int]:
-    """First row of process ``rank`` of ``world``, and the first row after its share."""
-    return round(total * rank / world), round(total * (rank + 1) / world)
+def share(total: int, rank: int, world: int, unit: int = 1) -> tuple[int, int]:
+    """First row of process ``rank`` of ``world``, and the first row after its share.
+
+    ``unit`` neighbouring rows stay together.
+    """
+    units = total // unit
+    return round(units * rank / world) * unit, round(units * (rank + 1) / world) * unit
 
 
 def rows_of_step(config: TrainConfig, source: PromptSource, step: int) -> Rows:
@@ -93,11 +103,15 @@ def rows_of_step(config: TrainConfig, source: PromptSource, step: int) -> Rows:
     return Rows(tuple(prompts), torch.tensor(groups), tuple(seeds), tuple(starts))
 
 
-def minibatches(config: TrainConfig, step: int) -> list[Tensor]:
-    """Row numbers of each update of ``step``, over all processes, shuffled by the seed."""
+def minibatches(config: TrainConfig, step: int, unit: int = 1) -> list[Tensor]:
+    """Row numbers of each update of ``step``, over all processes, shuffled by the seed.
+
+    ``unit`` neighbouring rows stay together.
+    """
     generator = torch.Generator().manual_seed(stable_seed("minibatch", config.seed, step))
-    order = torch.randperm(config.batch, generator=generator)
-    return list(torch.tensor_split(order, config.optim.updates_per_rollout))
+    order = torch.randperm(config.batch // unit, generator=generator)
+    chunks = torch.tensor_split(order, config.optim.updates_per_rollout)
+    return [(c[:, None] * unit + torch.arange(unit)).flatten() for c in chunks]
 
 
 def recorded_steps(config: TrainConfig, step: int) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -137,7 +137,8 @@ def train(
     with track("train", config.steps, trainer.step, enabled=main) as advance:
         trainer.run(lambda t, step: _after_step(t, step, advance, evaluate))
     if main:
-        trainer.model.export(folder)
+        for place in (folder, trainer.model.export(folder)):
+            trainer.record().write(place)
     if evaluate is not None:
         _evaluate(trainer, evaluate, "after")
     _write_run(trainer, folder, finished=True)
@@ -160,6 +161,8 @@ def _evaluate_if_due(trainer: Trainer, evaluate: Evaluate | None) -> None:
 def _evaluate(trainer: Trainer, evaluate: Evaluate, label: str) -> None:
     """Evaluate on the main process, under the averaged weights where an average is kept."""
     if trainer.config.evaluation.enabled and trainer.accelerator.is_main_process:
+        if trainer.step:
+            trainer.record().write(trainer.folder)
         with trainer.model.averaged():
             evaluate(trainer.policy, trainer.config, trainer.folder / "eval" / label, label)
     trainer.accelerator.wait_for_everyone()

@@ -37,11 +37,19 @@ def check_process(config: TrainConfig, objective: Any, policy: Policy, kernel: K
         ConfigError: names the setting, its value and what to do.
     """
     name = f"algorithm {config.algorithm!r}"
+    if hasattr(objective, "check_recipe"):
+        objective.check_recipe(config)
     if process_of(objective) == "reverse":
         for key, value in _changed(config.forward, ForwardConfig()):
             raise ConfigError(
                 f"forward.{key} is {value!r}, but {name} trains on recorded steps and noises "
                 "nothing; remove the section forward"
+            )
+        if not kernel.stochastic:
+            raise ConfigError(
+                f"rollout.kernel is {config.rollout.kernel!r}, whose steps have no density, but "
+                f"those that {name} trains on need a stochastic kernel: flow_sde, dance_sde or cps "
+                "for flow models, ddim with eta above 0 for diffusion models"
             )
         return
     for key, value in _changed(config.rollout, RolloutConfig()):
@@ -100,7 +108,7 @@ class Noising:
         steps: int, seed: int, dtype: torch.dtype | None,
     ) -> None:  # fmt: skip
         self.config, self.policy, self.model, self.objective = config, policy, model, objective
-        self.seed, self.dtype = seed, dtype
+        self.steps, self.seed, self.dtype = steps, seed, dtype
         self.draws = config.draws
         known = known_levels(policy)
         if config.times == "grid":
@@ -185,7 +193,11 @@ class Noising:
         ``known`` holds predictions of this very draw under other versions of the weights.
         """
         sigma, noise = self.draw(rollout, index)
-        kind = self.policy.parameterisation
+        kind, inverting = self.policy.parameterisation, 0
+        if hasattr(self.objective, "implied"):
+            noise, inverting = self.objective.implied(
+                self.policy, rollout, sigma, self.steps, self.dtype
+            )
         noised = process.noised(kind, rollout.final, noise, sigma)
         others, passes = dict(known or {}), 1
         # Before the pass with gradient, so that no graph sees the weights exchanged.
@@ -202,7 +214,8 @@ class Noising:
             rollout.maps,
         )  # fmt: skip
         scale = self._scale(rollout)
-        return batch, passes * evaluations(len(rollout), scale, rollout.conditioning)
+        spent = passes * evaluations(len(rollout), scale, rollout.conditioning)
+        return batch, spent + inverting
 
     def _scale(self, rollout: Rollout) -> float:
         own = self.config.guidance_scale

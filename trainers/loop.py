@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mmalign.config import ConfigError
 from mmalign.protocols import Policy, RewardModel
 from mmalign.runtime.device import pick_dtype
 from mmalign.runtime.log import JsonlLog, say
+from mmalign.runtime.training_record import TrainingRecord
 from mmalign.sampling import build_kernel, fitted
 from mmalign.sampling.step_sde import StepSdeKernel
 from mmalign.types import Rollout, Score
@@ -41,8 +41,10 @@ from trainers.model import TrainableModel
 from trainers.noise import learnable, parameters_of
 from trainers.objective import build_objective
 from trainers.optim import build_optimizer, lr_scale
+from trainers.pairing import check_groups, unit_of
 from trainers.panel import Panel
-from trainers.rollouts import Rollouts, everywhere_sum, refuse_broken
+from trainers.preferences.source import build_rollouts, check_pair_recipe
+from trainers.rollouts import everywhere_sum, refuse_broken
 from trainers.skips import SkipRule, TrainingError
 from trainers.update import Updater
 from vision_rewards.guard import RewardFailedError
@@ -72,20 +74,17 @@ class Trainer:
     ) -> None:
         self.config, self.policy, self.reward = config, policy, reward
         self.accelerator, self.folder = accelerator, folder
-        if config.batch < accelerator.num_processes:
-            raise ConfigError(
-                f"{config.batch} images a step cannot be shared by {accelerator.num_processes} "
-                "processes; raise prompts_per_step or images_per_prompt"
-            )
+        objective = build_objective(config.algorithm, dict(config.objective))
+        check_groups(config, objective, accelerator.num_processes)
         if (side := config.rollout.size) is not None:
             policy.sampler = replace(policy.sampler, height=side, width=side)
         if config.rollout.overlap:
             check_overlap(config, reward.info.scope, accelerator.num_processes)
-        objective = build_objective(config.algorithm, dict(config.objective))
         kernel = build_kernel(config.rollout.kernel, **dict(config.rollout.kernel_options))
         kernel = learnable(fitted(kernel, policy), objective, policy, config)
         self.dtype = pick_dtype(config.model.precision, policy.device)
         check_process(config, objective, policy, kernel)
+        check_pair_recipe(config, objective)
         self.model = TrainableModel(
             policy, config.model, "reference" in objective.needs, parameters_of(kernel)
         )
@@ -97,7 +96,7 @@ class Trainer:
         calibration.check_kernel(kernel, config.rollout.calibration)
         self.tracker = PromptTracker() if config.advantage.baseline == "tracker" else None
         self.history = History() if "history" in objective.needs else None
-        self.rollouts = Rollouts(
+        self.rollouts = build_rollouts(
             config, policy, reward, accelerator, self.model, objective, kernel, self.dtype
         )
         self.calibrated = False
@@ -108,7 +107,8 @@ class Trainer:
             forward=build_noising(config, policy, self.model, objective, self.dtype),
         )  # fmt: skip
         self.panel = None if config.panel is None else Panel(config, self.rollouts, folder)
-        self.stopped = ""  # why a rule of the panel ended the run
+        self.stopped = ""  # why a rule of the panel or of the objective ended the run
+        self.halted = ""  # the latter's alone
         self.critic = build_critic(objective, config, policy, accelerator, self.update.forward)
         self.last: dict[str, float] = {}
         self.step = 0
@@ -142,7 +142,8 @@ class Trainer:
         if state.get("noise"):
             self._use_kernel(StepSdeKernel(**state["noise"]))
         self.update.skips.load_state_dict(state.get("skips", {}))
-        self.stopped = self._on_main(lambda panel: panel.restart(self.step))
+        self.halted = str(state.get("halted", ""))
+        self.stopped = self._on_main(lambda panel: panel.restart(self.step)) or self.halted
         return True
 
     def save(self) -> None:
@@ -161,9 +162,14 @@ class Trainer:
             "skips": self.update.skips.state_dict(),
             "critic": self.critic.state_dict() if self.critic else {},
             "noise": asdict(self.rollouts.kernel) if self.calibrated else {},
+            "halted": self.halted,
         }
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, self.step, state, self.config.keep_checkpoints)
+
+    def record(self) -> TrainingRecord:
+        """What the model has been trained on so far."""
+        return TrainingRecord.of(self.rollouts.seen(self.step), self.reward.identity)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -256,18 +262,20 @@ class Trainer:
         keep = self._keep(advantage, groups)
         scored = time.perf_counter()
         targets, keep = self.update.prepare(advantage, keep, groups, score.valid)
-        results = self._updates(rollout, targets, keep)
+        results = self._updates(rollout, targets, keep, groups)
         self.step += 1
         end = time.perf_counter()
         self.seconds += end - start
         spent = everywhere_sum(self.accelerator, self.update.nfe - spent)
         self.step_nfe = nfe + completed + spent
         self.nfe += self.step_nfe
+        updated = update_metrics(results, self.accelerator)
+        self._halt(updated)
         return {
-            **score_metrics(score, groups, advantage),
+            **({} if self.rollouts.labelled else score_metrics(score, groups, advantage)),
             **evidence.metrics(advantage),
             **self.rollouts.metrics(rollout),
-            **update_metrics(results, self.accelerator),
+            **updated,
             "updates/skipped": self.update.skips.skipped,
             "lr": self.optimizer.param_groups[0]["lr"] * self._scale(),
             "seconds": self.seconds,
@@ -278,11 +286,19 @@ class Trainer:
             "images": self.config.batch * self.step,
         }
 
+    def _halt(self, metrics: dict[str, float]) -> None:
+        """End the run where the objective asks for it, on what all processes see alike."""
+        ask = getattr(self.update.objective, "stop", None)
+        reason = "" if ask is None else ask(metrics)
+        if reason:
+            self.stopped = self.halted = f"step {self.step}: {reason}"
+            say(f"stopping: {self.stopped}")
+
     def evidence(self, rollout: Rollout, score: Score, groups: Tensor) -> tuple[Credit, int]:
         """What advantages are made from, and the network evaluations that it took."""
         objective, nfe = self.update.objective, 0
         values = valid = None
-        if "values" in objective.needs:
+        if credit.STATES & objective.needs:
             steps = objective.completion_steps
             values, valid, nfe = self.rollouts.values(
                 rollout, score, self.rollouts.plan(self.step), steps
@@ -304,6 +320,8 @@ class Trainer:
         return advantage.clamp(-limit, limit)
 
     def _outcome(self, score: Score, groups: Tensor) -> Tensor:
+        if self.rollouts.labelled:
+            return score.value
         c = self.config.advantage
         weights = self._weights()
         if self.tracker is not None:
@@ -321,16 +339,20 @@ class Trainer:
             return torch.ones(len(advantage), dtype=torch.bool, device=advantage.device)
         return keep_extremes(advantage, groups, self.config.advantage.keep)
 
-    def _updates(self, rollout: Rollout, advantage: Tensor, keep: Tensor) -> list[Any]:
+    def _updates(
+        self, rollout: Rollout, advantage: Tensor, keep: Tensor, groups: Tensor
+    ) -> list[Any]:
         """All updates of one rollout; rows are numbered over all processes."""
         if self.step < getattr(self.update.objective, "warmup", 0):
             return []  # only the critic learns so far
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        low, high = share(self.config.batch, rank, world)
+        unit = unit_of(self.update.objective, self.config)
+        low, high = share(self.config.batch, rank, world, unit)
         results = []
-        for rows in minibatches(self.config, self.step):
-            local = rows[(rows >= low) & (rows < high)]
-            count = int(keep[rows.to(keep.device)].sum())
+        for rows in minibatches(self.config, self.step, unit):
+            local, every = rows[(rows >= low) & (rows < high)], rows.to(keep.device)
+            own_groups = groups[rows.to(groups.device)]
+            count = self.update.count(rollout, advantage[every], keep[every], own_groups)
             at = local.to(advantage.device)
             for group in self.optimizer.param_groups:
                 group["scale"] = self._scale()

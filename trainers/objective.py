@@ -17,7 +17,7 @@ from mmalign.types import Step
 Process = Literal["reverse", "forward"]
 
 # Needs that add no term of their own to the loss: where the advantage is 0, the loss is 0 too.
-NO_LOSS = frozenset({"values", "history", "noise", "old_mean"})
+NO_LOSS = frozenset({"values", "children", "history", "noise", "old_mean"})
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class StepBatch:
             unless the objective needs it.
         old_velocity: ``(b, ...)`` the prediction of that policy; likewise.
         shift: ``(b, ...)`` what guidance added to the mean; ``None`` where nothing guided.
+        pooled: ``(b, K)`` what the objective's ``couple`` made of its ``statistic`` of all steps of
+            all samples of a group; ``None`` for objectives without. The reference is spared then.
     """
 
     log_prob: Tensor
@@ -51,6 +53,7 @@ class StepBatch:
     old_mean: Tensor | None = None
     old_velocity: Tensor | None = None
     shift: Tensor | None = None
+    pooled: Tensor | None = None
 
 
 @dataclass(frozen=True)

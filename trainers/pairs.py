@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from trainers.pairing import Pairing, matched
+
 
 @dataclass(frozen=True)
 class Pairs:
@@ -19,6 +21,7 @@ class Pairs:
         advantage: ``(n,)``, or ``(n, K)``.
         pooled: ``(n, K)``, what an objective's ``statistic`` came to in each pair's group.
         others: ``(n, ...)`` predictions under other versions of the weights that are known already.
+        unit: neighbours that stay together and have one loss: 2 where winner and loser alternate.
     """
 
     rows: Tensor
@@ -26,12 +29,14 @@ class Pairs:
     advantage: Tensor
     pooled: Tensor | None = None
     others: Mapping[str, Tensor] = field(default_factory=dict)
+    unit: int = 1
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def split(self, size: int) -> list[Pairs]:
         """Micro-batches of ``size`` pairs, the last of what is left; none of no pairs."""
+        size = max(self.unit, size - size % self.unit)
         return [self[at : at + size] for at in range(0, len(self), size)]
 
     def __getitem__(self, at: slice) -> Pairs:
@@ -41,7 +46,13 @@ class Pairs:
             self.advantage[at],
             None if self.pooled is None else self.pooled[at],
             {name: values[at] for name, values in self.others.items()},
+            self.unit,
         )
+
+    @property
+    def loss_passes(self) -> Tensor:
+        """The pass that each loss belongs to."""
+        return self.passes[:: self.unit]
 
     @staticmethod
     def of(advantages: Tensor, keep: Tensor, passes: int, zeros: bool) -> Pairs:
@@ -61,3 +72,24 @@ class Pairs:
             trained = trained & (some.any(2) if some.ndim > 2 else some)
         at, rows = torch.nonzero(trained.T, as_tuple=True)
         return Pairs(rows.cpu(), at.cpu(), advantages[rows, at])
+
+    @staticmethod
+    def compared(
+        advantages: Tensor, keep: Tensor, groups: Tensor, passes: int,
+        kind: Pairing = "extremes", ties: bool = False,
+    ) -> Pairs:  # fmt: skip
+        """Winners and losers by turns, pass by pass; see :mod:`trainers.pairing`.
+
+        Args:
+            advantages: ``(b,)``, or ``(b, S)`` where each step has winners of its own.
+        """
+        if advantages.ndim > 2:
+            raise ValueError(f"pairs need one advantage a sample and step, got {advantages.shape}")
+        columns = advantages.unbind(1) if advantages.ndim > 1 else (advantages,)
+        found = [matched(c, keep, groups, kind, ties).flatten() for c in columns]
+        found = found if advantages.ndim > 1 else found * passes
+        rows = torch.cat(found)
+        at = torch.cat([torch.full_like(f, k) for k, f in enumerate(found)])
+        every = advantages if advantages.ndim > 1 else advantages[:, None].expand(-1, passes)
+        own = every[rows.to(every.device), at.to(every.device)]
+        return Pairs(rows, at, own, unit=2)

@@ -19,6 +19,7 @@ from trainers.credit import everywhere
 from trainers.data import PromptSource, Rows, recorded_steps, rows_of_step
 from trainers.model import TrainableModel
 from trainers.objective import process_of
+from trainers.pairing import unit_of
 from trainers.skips import TrainingError
 from vision_rewards.factory import load_reward
 from vision_rewards.guard import GuardedReward
@@ -35,7 +36,10 @@ class Rollouts:
         state_reward: scores the states on the way.
         guide: moves the means of recorded steps, or ``None``.
         regions: scores the places of pictures, for an objective that makes maps of them.
+        labelled: whether scores are labels, which are advantages as they are.
     """
+
+    labelled = False
 
     def __init__(
         self, config: TrainConfig, policy: Policy, reward: RewardModel, accelerator: Any,
@@ -51,11 +55,21 @@ class Rollouts:
         guide = getattr(objective, "guide", None)
         self.guide = None if guide is None else guide(self.state_reward, policy)
         self.regions = _region_reward(objective, reward, config)
+        size, images = config.rollout.batch_size, config.images_per_prompt
+        if "children" in objective.needs and config.rollout.overlap and size % images:
+            raise ConfigError(
+                f"rollout.overlap with rollout.batch_size {size} tears apart the {images} children "
+                f"of a state; make it a multiple of images_per_prompt, or set overlap to false"
+            )
         if self.guide is not None and config.rollout.overlap and self.state_reward is reward:
             raise ConfigError(
                 "rollout.overlap scores pictures on a thread while the same reward guides the next "
                 "ones; set overlap to false, or objective.process_reward to a reward of its own"
             )
+
+    def seen(self, steps: int) -> set[str]:
+        """The prompts of the first ``steps`` steps."""
+        return self.prompts.seen(steps * self.config.prompts_per_step)
 
     def sample(
         self, step: int, scorer: Prefetch | None = None, plan: Plan | None = None
@@ -67,7 +81,8 @@ class Rollouts:
         """
         plan = plan or self.plan(step)
         rows = rows_of_step(self.config, self.prompts, step)
-        rows = rows.part(self.accelerator.process_index, self.accelerator.num_processes)
+        unit = unit_of(self.objective, self.config)
+        rows = rows.part(self.accelerator.process_index, self.accelerator.num_processes, unit)
         size = len(rows) if scorer is None else self.config.rollout.batch_size
         parts = []
         for at in range(0, len(rows), size):
@@ -105,6 +120,7 @@ class Rollouts:
             keep_velocities="velocities" in self.objective.needs,
             guide=self.guide,
             guided_density=getattr(self.objective, "guided_density", False),
+            branch="children" in self.objective.needs,
         )
 
     def metrics(self, rollout: Rollout) -> dict[str, float]:
@@ -164,15 +180,17 @@ class Rollouts:
         """Rewards of the completions, of ``steps`` each, of the states around recorded steps.
 
         Returns:
-            Values and validity of all samples over all processes, ``(B, S + 1)``, and evaluations.
+            Values and validity of all samples over all processes, ``(B, S + 1)``, and evaluations;
+            ``(B, S)`` of the states that recorded steps led to where the rollout branches.
         """
         # The last state may lead to the picture itself, which the recipe's reward has scored.
         final = credit.ends_clean(plan, rollout) and self.state_reward is self.reward
+        states = len(rollout.steps) + (not plan.branch)
         shares = everywhere(
             self.accelerator,
             lambda: credit.score_states(
-                self.policy, self.state_reward, rollout, range(len(rollout.steps) + (not final)),
-                steps=steps, batch_size=self.config.rollout.batch_size, dtype=self.dtype,
+                self.policy, self.state_reward, rollout, range(states - final), steps=steps,
+                children=plan.branch, batch_size=self.config.rollout.batch_size, dtype=self.dtype,
             ),
         )  # fmt: skip
         device = score.value.device

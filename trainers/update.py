@@ -23,6 +23,7 @@ from mmalign.types import Rollout, Step
 from trainers.forward import Noising, group_means
 from trainers.model import TrainableModel
 from trainers.objective import NO_LOSS, ForwardBatch, StepBatch
+from trainers.pairing import Pairing
 from trainers.pairs import Pairs
 from trainers.skips import SkipRule, TrainingError
 
@@ -78,9 +79,10 @@ class Updater:
         self.automatic = micro_batch == 0
         self.micro_batch = micro_batch or 64
         self.nfe = 0
+        self.paired: bool = getattr(objective, "paired", False)
 
     def __call__(
-        self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: int
+        self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: float
     ) -> tuple[Totals, float]:
         """One update on local rows.
 
@@ -89,7 +91,7 @@ class Updater:
             advantages: ``(b,)``, or ``(b, S)`` with one for each recorded step or draw, or
                 ``(b, S, K)`` where the objective makes ``K`` of them;
                 ``keep``: ``(b,)`` bool, the samples to train on.
-            count: samples of the update over all processes, the mean's denominator.
+            count: the mean's denominator: :meth:`count` over all processes.
 
         Returns:
             Metrics of the local samples and the gradient norm before clipping.
@@ -115,6 +117,18 @@ class Updater:
         norm = self._step(cause)
         return totals, norm
 
+    def count(self, rollout: Rollout, advantages: Tensor, keep: Tensor, groups: Tensor) -> float:
+        """Losses of an update for each of its passes: its samples, or its pairs on average."""
+        if not self.paired:
+            return int(keep.sum())
+        passes = self._passes(rollout)
+        return len(self._compared(advantages, keep, groups, passes).loss_passes) / passes
+
+    def _compared(self, advantages: Tensor, keep: Tensor, groups: Tensor, passes: int) -> Pairs:
+        kind: Pairing = getattr(self.objective, "pairing", "extremes")
+        ties = getattr(self.objective, "keep_ties", False)
+        return Pairs.compared(advantages, keep, groups, passes, kind, ties)
+
     def prepare(
         self, advantages: Tensor, keep: Tensor, groups: Tensor, valid: Tensor
     ) -> tuple[Tensor, Tensor]:
@@ -129,14 +143,16 @@ class Updater:
             advantages = weights(advantages, groups, valid)
         return advantages, keep & valid
 
-    def _accumulate(self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: int) -> Totals:
+    def _accumulate(
+        self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: float
+    ) -> Totals:
         totals, rollout = Totals(), replace(rollout, media=None)
         self.policy.denoiser.eval()  # dropout would break the ratio
         for pairs in self.batches(rollout, advantages, keep):
             loss, metrics = self._loss(rollout, pairs)
             value = loss.sum() / (count * self._passes(rollout))
             if not torch.isfinite(value):
-                broken = pairs.passes[~torch.isfinite(loss.detach()).cpu()]
+                broken = pairs.loss_passes[~torch.isfinite(loss.detach()).cpu()]
                 where = self._place(rollout, broken if len(broken) else pairs.passes)
                 raise TrainingError(f"the loss is {value.item()} at {where}")
             value.backward()
@@ -150,7 +166,11 @@ class Updater:
         """
         # Without a KL a zero advantage has no gradient: such pairs cost a pass and teach nothing.
         zeros = bool(self.objective.needs - NO_LOSS)
-        pairs = Pairs.of(advantages, keep, self._passes(rollout), zeros)
+        passes = self._passes(rollout)
+        if self.paired:
+            pairs = self._compared(advantages, keep, rollout.groups, passes)
+        else:
+            pairs = Pairs.of(advantages, keep, passes, zeros)
         return self._pooled(rollout, pairs).split(self.size(len(rollout)))
 
     def _passes(self, rollout: Rollout) -> int:
@@ -175,7 +195,7 @@ class Updater:
     ) -> None:
         """Account under the denoising step, or under the quarter that the noise level lies in."""
         if self.forward is None:
-            kinds, names = pairs.passes, [str(k) for k in rollout.steps]
+            kinds, names = pairs.loss_passes, [str(k) for k in rollout.steps]
         else:
             kinds = (metrics.pop("sigma") * 4).long().clamp_max(3)
             names = [f"sigma_{quarter / 4:.2f}" for quarter in range(4)]
@@ -190,10 +210,8 @@ class Updater:
             batch, spent = self._noised(rollout, pairs)
             self.nfe += spent
             loss, metrics = self.objective.loss(batch)
-            return loss, {**metrics, "loss": loss.detach(), "sigma": batch.sigma}
+            return loss, {**metrics, "loss": loss.detach(), "sigma": batch.sigma[:: pairs.unit]}
         loss, metrics = self.objective.loss(self.replayed(rollout, pairs))
-        passes = 2 if "reference" in self.objective.needs else 1
-        self.nfe += passes * evaluations(len(pairs), rollout.guidance_scale, rollout.conditioning)
         return loss, {**metrics, "loss": loss.detach()}
 
     def replayed(self, rollout: Rollout, pairs: Pairs) -> StepBatch:
@@ -201,7 +219,11 @@ class Updater:
         given = recorded(rollout, pairs.passes, pairs.rows)
         reference: Step | None = None
         reference_velocity: Tensor | None = None
-        if "reference" in self.objective.needs:
+        # An objective with a statistic has looked at the reference when that was taken.
+        anchored = "reference" in self.objective.needs and pairs.pooled is None
+        once = evaluations(len(pairs), rollout.guidance_scale, rollout.conditioning)
+        self.nfe += (1 + anchored) * once
+        if anchored:
             with torch.no_grad(), self.model.reference():
                 reference, reference_velocity = evaluate(
                     self.policy, given, self.kernel, dtype=self.dtype
@@ -220,6 +242,7 @@ class Updater:
             old_mean=given.mean,
             old_velocity=given.velocity,
             shift=given.shift,
+            pooled=pairs.pooled,
         )
 
     # -- the forward process -------------------------------------------------------------------
@@ -236,8 +259,10 @@ class Updater:
     @torch.no_grad()
     def _pooled(self, rollout: Rollout, pairs: Pairs) -> Pairs:
         """The pairs with group means of the objective's ``statistic``, from passes of their own."""
-        if self.forward is None or not hasattr(self.objective, "statistic"):
+        if not hasattr(self.objective, "statistic"):
             return pairs
+        if self.forward is None:
+            return self._coupled(rollout, pairs)
         parts, known = [], defaultdict(list)
         for chunk in pairs.split(self.size(len(rollout))):
             batch, spent = self._noised(rollout, chunk)
@@ -249,8 +274,24 @@ class Updater:
         values = torch.cat(parts or [torch.zeros(0, 1, device=pairs.advantage.device)])
         # A group is compared within each of its draws.
         groups = rollout.groups.cpu()[pairs.rows] * self._passes(rollout) + pairs.passes
+        if getattr(self.objective, "pool", "group") == "update":  # or everyone with everyone
+            groups = torch.zeros_like(groups)
         pooled = group_means(values, groups, self.accelerator)
         return replace(pairs, pooled=pooled, others=others)
+
+    @torch.no_grad()
+    def _coupled(self, rollout: Rollout, pairs: Pairs) -> Pairs:
+        """The same for recorded steps: ``couple`` sees all of them, of whole groups, at once."""
+        parts = [
+            self.objective.statistic(self.replayed(rollout, chunk))
+            for chunk in pairs.split(self.size(len(rollout)))
+        ]
+        if not parts:
+            return pairs
+        device = pairs.advantage.device
+        rows, groups = pairs.rows.to(device), rollout.groups.cpu()[pairs.rows].to(device)
+        pooled = self.objective.couple(torch.cat(parts), pairs.advantage, rows, groups)
+        return replace(pairs, pooled=pooled)
 
     # -- the step ------------------------------------------------------------------------------
 

@@ -81,7 +81,7 @@ def parse_prompt(prompt: str, classes: Iterable[str] = CLASSES) -> Requirement:
     text = " ".join(prompt.lower().rstrip(" .").split())
     if not text.startswith(_PREFIX):
         raise GenEvalPromptError(f"prompt {prompt!r} does not start with {_PREFIX.strip()!r}")
-    words = _words(tuple(classes))
+    words = forms(tuple(classes))
     body = text.removeprefix(_PREFIX)
     relation = _RELATION.search(body)
     if relation:
@@ -125,7 +125,7 @@ def _thing(phrase: str, words: Mapping[str, str]) -> Clause:
 
 
 @lru_cache(maxsize=16)
-def _words(classes: tuple[str, ...]) -> dict[str, str]:
+def forms(classes: tuple[str, ...]) -> Mapping[str, str]:
     """Singular and plural forms to the class; singular forms win."""
     plural = {form: name for name in classes for form in _plurals(name)}
     return plural | {name: name for name in classes}

@@ -14,15 +14,17 @@ from typing import Any, Literal
 import numpy as np
 
 from eval.methods.read import Comparison
-from eval.run_statistics import Statistic, interval_of
+from eval.run_statistics import Statistic
 from eval.statistics import Interval
 from mmalign.config import ConfigError, from_dict
 
 Word = Literal["supported", "not supported", "undecided"]
-At = Literal["end", "curve", "equal_proxy", "minimum"]
+At = Literal["end", "curve", "equal_nfe", "equal_time", "equal_proxy", "minimum"]
 HOW: Mapping[At, str] = {
     "end": "at the end of the budget",
     "curve": "mean over the points of the budget",
+    "equal_nfe": "at the most evaluations that both reach",
+    "equal_time": "in the most seconds that both reach",
     "equal_proxy": "where both have reached the same proxy",
     "minimum": "least gain among the rewards, each in deviations of the base's pictures",
 }
@@ -33,8 +35,9 @@ class Claim:
     """One claim.
 
     ``at``: ``end``; ``curve``, the mean over all points after the start, which is higher for who
-    gets there with fewer evaluations; ``equal_proxy``, at the highest value of ``proxy`` that
-    both reach; ``minimum``, the least of the gains of ``parts``.
+    gets there with fewer evaluations; ``equal_nfe`` and ``equal_time``, at the most evaluations or
+    seconds that both reach, where methods have budgets of their own; ``equal_proxy``, at the
+    highest value of ``proxy`` that both reach; ``minimum``, the least of the gains of ``parts``.
     """
 
     says: str
@@ -81,15 +84,27 @@ def read_claims(claims: Sequence[Mapping[str, Any]]) -> list[Claim]:
 
 def decide(comparison: Comparison, claim: Claim, seed: int = 0) -> Decided:
     """The verdict on a claim; undecided where a side has no runs or too few seeds."""
-    for side in (claim.better, claim.than):
+    sides = (claim.better, claim.than)
+    for side in sides:
         if side not in comparison.methods:
             return Decided(claim, None, "undecided", f"no finished run of {side}")
-    runs = [comparison.values(side, claim.measures) for side in (claim.better, claim.than)]
+    if comparison.steering and len({len(comparison.methods[s].runs) for s in sides}) > 1:
+        return Decided(claim, None, "undecided", "seeds of a side are not finished")
+    grid, unit = _where(comparison, claim)
+    runs = [comparison.values(side, claim.measures, grid, unit) for side in sides]
     if any(np.isnan(r).any() for r in runs):
         return Decided(claim, None, "undecided", "some pictures could not be judged")
-    found = interval_of(statistic_of(claim, runs[0]), runs, comparison.pictures, seed=seed)
+    found = comparison.interval(statistic_of(claim, runs[0]), runs, seed=seed)
     why = "" if found.defined else "takes two seeds of each side"
     return Decided(claim, found, verdict(found, claim.margin), why)
+
+
+def _where(comparison: Comparison, claim: Claim) -> tuple[np.ndarray | None, str]:
+    """The points at which both sides are looked at, and their unit; ``None`` is all of them."""
+    if claim.at not in ("equal_nfe", "equal_time"):
+        return None, "nfe"
+    unit = "nfe" if claim.at == "equal_nfe" else "seconds"
+    return np.array([comparison.reached((claim.better, claim.than), unit)]), unit
 
 
 def verdict(interval: Interval, margin: float = 0.0) -> Word:
@@ -101,14 +116,14 @@ def verdict(interval: Interval, margin: float = 0.0) -> Word:
 
 def gain(comparison: Comparison, name: str, measure: str = "accuracy") -> Interval:
     """End minus start of a method, over its seeds, on the same pictures."""
-    return interval_of(_gain, [comparison.values(name, (measure,))], comparison.pictures)
+    return comparison.interval(_gain, [comparison.values(name, (measure,))])
 
 
 def statistic_of(claim: Claim, values: np.ndarray) -> Statistic:
     """The difference that a claim is about; ``values`` ``(S, P, K, Q)`` give units to its parts."""
     if claim.at == "minimum":
         return _least_gain(values[0, 0].std(0))
-    return {"end": _end, "curve": _curve, "equal_proxy": _at_equal_proxy}[claim.at]
+    return {"curve": _curve, "equal_proxy": _at_equal_proxy}.get(claim.at, _end)
 
 
 def _mean(cells: np.ndarray) -> np.ndarray:

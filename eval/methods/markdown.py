@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from eval.charts import number
-from eval.html import duration, percent, points
+from eval.html import points
 from eval.methods.claims import HOW, Decided
-from eval.methods.summary import Line, Summary
-from eval.statistics import Interval
+from eval.methods.summary import Summary
+from eval.methods.words import words_of
 from mmalign.runtime.files import atomic_write_text
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -35,33 +35,17 @@ def write_markdown(summary: Summary, path: Path | str) -> Path:
 
 def tables(summary: Summary) -> str:
     """What was run, the methods and the claims."""
+    words = words_of(summary)
     parts = [
-        basis(summary) + "\n",
-        _table(METHOD_HEAD, (method_cells(line) for line in summary.lines)),
+        words.basis(summary) + "\n",
+        _table(words.head, (words.cells(line) for line in summary.lines)),
         _table(CLAIM_HEAD, (claim_cells(d) for d in summary.decided)) if summary.decided else "",
         unfinished(summary),
     ]
     return "\n".join(p for p in parts if p)
 
 
-METHOD_HEAD = (
-    "method", "accuracy", "gain, points", "gains over the base", "above the reference", "updates",
-    "NFE", "time", "trained reward, held out",
-)  # fmt: skip
-VERDICT = METHOD_HEAD.index("gains over the base")
 CLAIM_HEAD = ("claim", "compared", "measure", "difference", "95 % interval", "verdict")
-
-
-def basis(summary: Summary) -> str:
-    """One paragraph on what the numbers stand on."""
-    c = summary.comparison
-    seeds = ", ".join(map(str, c.table["seeds"]))
-    return (
-        f"{len(c.methods)} rows, seeds {seeds}, {c.table['nfe']:,} network evaluations a run, "
-        f"{c.table['threads']} thread(s) a run; accuracy is the strict verdict on "
-        f"{len(c.pictures.tasks)} held-out pictures, mean over tasks, with 95 % intervals over "
-        "seeds and prompts."
-    )
 
 
 def unfinished(summary: Summary) -> str:
@@ -71,23 +55,6 @@ def unfinished(summary: Summary) -> str:
         for r in summary.comparison.unfinished
     ]
     return f"Runs that are not in these tables: {'; '.join(said)}.\n" if said else ""
-
-
-def method_cells(line: Line) -> tuple[str, ...]:
-    """One row of the table of methods."""
-    runs = line.runs
-    above = "–" if line.improvement is None else ranged(line.improvement, percent)
-    return (
-        runs.title,
-        ranged(line.accuracy, percent),
-        ranged(line.gain, points),
-        line.word,
-        above,
-        f"{runs.mean('updates'):.0f}",
-        f"{runs.mean('nfe'):,.0f}",
-        duration(runs.mean("seconds")),
-        "; ".join(f"{m} {number(a)} → {number(b)}" for m, a, b in line.proxies),
-    )
 
 
 def claim_cells(found: Decided) -> tuple[str, ...]:
@@ -102,15 +69,6 @@ def claim_cells(found: Decided) -> tuple[str, ...]:
     span = f"[{show(interval.low)}, {show(interval.high)}]" if interval.defined else "–"
     how = f"{measure}, {HOW[claim.at]}{margin}"
     return (claim.says, sides, how, show(interval.mean), span, _word(found))
-
-
-def ranged(interval: Interval, show: object = percent) -> str:
-    """Such as ``52.1 % [48.0, 56.2]``."""
-    assert callable(show)
-    if not interval.defined:
-        return f"{show(interval.mean)}"
-    low, high = (points(v, sign=False) for v in (interval.low, interval.high))
-    return f"{show(interval.mean)} [{low}, {high}]"
 
 
 def _word(found: Decided) -> str:

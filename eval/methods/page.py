@@ -11,16 +11,10 @@ import numpy as np
 from eval.charts import Bars, Line, bar_chart, line_chart
 from eval.gallery import fair_sample, picture
 from eval.html import Child, Markup, el, page, section, table
-from eval.methods.markdown import (
-    CLAIM_HEAD,
-    METHOD_HEAD,
-    VERDICT,
-    basis,
-    claim_cells,
-    method_cells,
-)
+from eval.methods.markdown import CLAIM_HEAD, claim_cells
 from eval.methods.read import MethodRuns
 from eval.methods.summary import Summary
+from eval.methods.words import Curve, words_of
 from eval.result import EvalResult
 from eval.statistics import Interval
 from mmalign.runtime.files import atomic_write_bytes
@@ -31,7 +25,7 @@ main{max-width:1240px}
 .words td,.words thead th:not(:first-child){text-align:left;white-space:normal}
 .words td:nth-child(4),.words td:nth-child(5){white-space:nowrap}
 .words tbody tr:first-child>*{font-weight:400}.words tbody th{min-width:200px}
-.methods tbody th{min-width:150px}.methods tbody tr:first-child>*{font-weight:400}
+.methods tbody th{min-width:118px}.methods tbody tr:first-child>*{font-weight:400}
 .methods td:last-child{white-space:normal;min-width:170px}
 .words td:last-child{min-width:104px}
 .small svg .l1.faint{stroke-width:1.5;opacity:.9}
@@ -46,23 +40,23 @@ main{max-width:1240px}
 
 def comparison_page(summary: Summary, path: Path | str) -> Path:
     """Write the page to ``path`` and return it."""
+    words = words_of(summary)
     body: list[Child] = [
         el("style", Markup(STYLE)),
         _header(summary),
         _claims(summary),
         _methods(summary),
-        _curves(summary, "nfe"),
-        _curves(summary, "seconds"),
+        *[_curves(summary, curve) for curve in words.curves(summary)],
         _pictures(summary),
-        _how(),
-        el("footer", "Written by mmalign bench methods. One file, no script, nothing fetched."),
+        section("How to read this", el("ul", [el("li", s) for s in words.how], class_="notes")),
+        el("footer", f"Written by {words.command}. One file, no script, nothing fetched."),
     ]
-    atomic_write_bytes(Path(path), page("Training methods at equal compute", *body).encode())
+    atomic_write_bytes(Path(path), page(words.title, *body).encode())
     return Path(path)
 
 
 def _header(summary: Summary) -> Markup:
-    c = summary.comparison
+    c, own = summary.comparison, words_of(summary)
     gained = sum(ln.word == "supported" for ln in summary.lines)
     words = [d.word for d in summary.decided]
     said = (
@@ -71,15 +65,15 @@ def _header(summary: Summary) -> Markup:
         f"{words.count('undecided')} undecided."
     )
     missing = c.unfinished
-    note = [el("small", basis(summary))]
+    note = [el("small", own.basis(summary))]
     if missing:
         note.append(el("small", f"{len(missing)} of {len(c.table['runs'])} runs are not finished "
                        "and are left out."))  # fmt: skip
     failed = [f"{r['method']}, seed {r['seed']}: {r['error']}" for r in missing if r["error"]]
     return el(
         "header",
-        el("p", "mmalign bench methods", class_="kicker"),
-        el("h1", "Training methods at equal compute"),
+        el("p", own.command, class_="kicker"),
+        el("h1", own.title),
         el("p", said, *note, class_="verdict none"),
         el("ul", [el("li", f"Failed: {f}") for f in failed], class_="notes") if failed else None,
     )
@@ -101,13 +95,13 @@ def _claims(summary: Summary) -> Markup | None:
 
 
 def _methods(summary: Summary) -> Markup:
-    rows = []
+    words, rows = words_of(summary), []
     for line in summary.lines:
-        cells: list[Child] = [*method_cells(line)]
-        cells[VERDICT] = el("span", line.word, class_=_TONES[line.word])
+        cells: list[Child] = [*words.cells(line)]
+        cells[words.verdict] = el("span", line.word, class_=_TONES[line.word])
         rows.append(cells)
     start = _start(summary)
-    bars = [Bars("before training", (start,))]
+    bars = [Bars(words.start, (start,))]
     bars += [Bars(ln.runs.title, (ln.accuracy,), strong=i == 0)
              for i, ln in enumerate(summary.lines)]  # fmt: skip
     iqms = [(ln.runs.title, f"{100 * ln.iqm.mean:.1f} %", _span(ln.iqm.low, ln.iqm.high))
@@ -120,48 +114,44 @@ def _methods(summary: Summary) -> Markup:
         _fold("What each paper says", table(("method", "headline claim", "arXiv"), aim,
                                             "numbers words")),
     ]  # fmt: skip
-    note = (
-        "Accuracy on held-out prompts at the end of the budget, best first, counterparts of claims "
-        "last. Above the reference: the probability, mean over tasks, that a run of the method "
-        "ends above one of the reference."
-    )
     card = el("div", bar_chart(bars, ("accuracy",)), class_="card")
-    return section("Methods", card, table(METHOD_HEAD, rows, "numbers methods"), *folds, note=note)
+    methods = table(words.head, rows, "numbers methods")
+    return section("Methods", card, methods, *folds, note=words.methods)
+
+
+def _first(summary: Summary) -> MethodRuns:
+    """Whose start stands for that of all."""
+    return summary.comparison.methods[summary.reference or summary.lines[0].runs.name]
 
 
 def _start(summary: Summary) -> Interval:
-    """Accuracy of the base, of the first method; its interval is that of its evaluation."""
-    first = summary.lines[0].runs.runs[0].results[0]
-    return first.accuracy_counting_unscored_as_wrong
+    """Accuracy of the base; its interval is that of one evaluation."""
+    return _first(summary).runs[0].results[0].accuracy_counting_unscored_as_wrong
 
 
-def _curves(summary: Summary, against: str) -> Markup:
-    title = {"nfe": "Accuracy against network evaluations", "seconds": "Accuracy against seconds"}
-    found = [i for ln in summary.lines for i in summary.curve(ln.runs.name)[1]]
-    scale = [100 * v for i in found for v in (i.mean, i.low, i.high)]
-    cards = [_curve(summary, ln.runs, against, scale) for ln in summary.lines]
-    reference = summary.reference
-    beside = ""
-    if reference is not None:
-        beside = f" In grey: {summary.comparison.methods[reference].title}."
-    unit = "thousand network evaluations of training" if against == "nfe" else "seconds of training"
-    note = f"Held-out accuracy in per cent over {unit}, mean over seeds, with 95 % bands.{beside}"
-    return section(title[against], el("div", *cards, class_="small"), note=note)
+def _curves(summary: Summary, curve: Curve) -> Markup:
+    found = [i for ln in summary.lines for i in summary.curve(ln.runs.name, curve.measure)[1]]
+    scale = [curve.scale * v for i in found for v in (i.mean, i.low, i.high)]
+    cards = [_curve(summary, ln.runs, curve, scale) for ln in summary.lines if ln.runs.points > 1]
+    return section(curve.title, el("div", *cards, class_="small"), note=curve.note)
 
 
-def _curve(summary: Summary, runs: MethodRuns, against: str, scale: Sequence[float]) -> Markup:
-    lines = [_line(summary, runs.name, against, beside=False)]
-    if summary.reference not in (None, runs.name):
-        lines.append(_line(summary, str(summary.reference), against, beside=True))
+def _curve(summary: Summary, runs: MethodRuns, curve: Curve, scale: Sequence[float]) -> Markup:
+    lines = [_line(summary, runs.name, curve, beside=False)]
+    other = summary.beside(runs.name)
+    if other is not None:
+        lines.append(_line(summary, other, curve, beside=True))
     caption = el("figcaption", runs.title, el("span", str(runs.row.get("claim", ""))))
     chart = line_chart(lines, 300, 170, label=runs.title, cover=scale)
     return el("figure", caption, chart, class_="card")
 
 
-def _line(summary: Summary, name: str, against: str, beside: bool) -> Line:
-    grid, found = summary.curve(name)
-    x = grid / 1000 if against == "nfe" else summary.comparison.seconds(name)
-    mean, low, high = ([100 * getattr(i, part) for i in found] for part in ("mean", "low", "high"))
+def _line(summary: Summary, name: str, curve: Curve, beside: bool) -> Line:
+    grid, found = summary.curve(name, curve.measure)
+    x = grid / curve.unit if curve.against == "nfe" else summary.comparison.seconds(name)
+    mean, low, high = (
+        [curve.scale * getattr(i, part) for i in found] for part in ("mean", "low", "high")
+    )
     banded = bool(np.isfinite(low).all()) and not beside
     return Line(
         summary.comparison.methods[name].title, [float(v) for v in x], mean,
@@ -171,17 +161,18 @@ def _line(summary: Summary, name: str, against: str, beside: bool) -> Line:
 
 def _pictures(summary: Summary) -> Markup:
     """A sheet: one column for each task, one row for each method, same prompts and seeds."""
-    first = summary.lines[0].runs.runs[0].results[0]
+    words, start = words_of(summary), _first(summary).runs[0]
+    first = start.results[0]
     keys = _columns(first)
     by_key = {r.key: r for r in first.rows}
     head = ("", *[by_key[k].prompt for k in keys])
-    rows: list[Sequence[Child]] = [("before training", *_row(first, keys, "before"))]
+    rows: list[Sequence[Child]] = [(words.start, *_row(first, keys, "before"))]
     for line in summary.lines:
-        run = line.runs.runs[0]
+        run = next((r for r in line.runs.runs if r.seed == start.seed), line.runs.runs[0])
         rows.append((line.runs.title, *_row(run.results[-1], keys, "after")))
     note = (
         "One prompt of each task, drawn at random with a fixed seed and without regard to scores; "
-        f"the same prompt and the same noise in every row, training seed {run.seed}. "
+        f"the same prompt and the same noise in every row, seed {start.seed}. "
         "Green: the strict verdict is correct."
     )
     sheet = table(head, rows, "sheet")
@@ -196,20 +187,6 @@ def _columns(result: EvalResult) -> list[str]:
 def _row(result: EvalResult, keys: Sequence[str], role: str) -> list[Child]:
     rows = {r.key: r for r in result.rows}
     return [el("div", picture(result, rows[k], role), class_="shot") for k in keys]
-
-
-def _how() -> Markup:
-    said = (
-        "Every run starts from the same model and ends at the step whose end is nearest to the "
-        "budget; evaluations do not count as compute.",
-        "Accuracy counts pictures that could not be judged as wrong.",
-        "Intervals: seeds are drawn anew within each method, prompts within each task and the same "
-        "for all methods; the seeds' part is widened for their small number.",
-        "Curves are read at equal parts of the budget, interpolated between evaluations.",
-        "Settings are those of the shipped recipes, which were not tuned for each method alike. A "
-        "verdict is about these recipes on this small problem at this budget, not about a paper.",
-    )
-    return section("How to read this", el("ul", [el("li", s) for s in said], class_="notes"))
 
 
 def _fold(title: str, body: Markup) -> Markup:

@@ -13,7 +13,8 @@ import numpy as np
 
 from eval.methods.judges import measured
 from eval.result import EvalResult
-from eval.run_statistics import Pictures
+from eval.run_statistics import Pictures, Statistic, interval_of, interval_over_prompts
+from eval.statistics import Interval
 from mmalign.runtime.log import read_jsonl
 
 FILE = "comparison.json"
@@ -21,13 +22,18 @@ FILE = "comparison.json"
 
 @dataclass(frozen=True)
 class RunCurve:
-    """The evaluations of one finished run: ``nfe`` and ``seconds`` of training before each."""
+    """The evaluations of one finished run: ``nfe`` and ``seconds`` spent before each.
+
+    Of training, they are those of the whole run; of steering, those for one prompt, and ``costs``
+    says more about each point.
+    """
 
     seed: int
     updates: int
     nfe: np.ndarray
     seconds: np.ndarray
     results: tuple[EvalResult, ...]
+    costs: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,10 +54,16 @@ class MethodRuns:
         """Whether it is the other side of a claim, and no method of a paper."""
         return bool(self.row.get("control"))
 
+    @property
+    def points(self) -> int:
+        """Evaluations of a run."""
+        return len(self.runs[0].results)
+
     def mean(self, name: str) -> float:
-        """Mean over seeds of ``updates``, or of the final ``nfe`` or ``seconds``."""
-        found = [np.atleast_1d(getattr(r, name))[-1] for r in self.runs]
-        return float(np.mean(found))
+        """Mean over seeds of ``updates``, or of the final ``nfe``, ``seconds`` or other cost."""
+        if name in ("updates", "nfe", "seconds"):
+            return float(np.mean([np.atleast_1d(getattr(r, name))[-1] for r in self.runs]))
+        return float(np.mean([r.costs[-1][name] for r in self.runs]))
 
 
 @dataclass
@@ -66,13 +78,38 @@ class Comparison:
     folder: Path
     table: Mapping[str, Any]
     methods: dict[str, MethodRuns]
-    _kept: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
+    _kept: dict[tuple[str, int, str], np.ndarray] = field(default_factory=dict)
 
     @property
     def grid(self) -> np.ndarray:
-        """The points that curves are read at: equal parts of the budget, ``(P,)``."""
+        """The points that curves of training are read at: equal parts of the budget, ``(P,)``."""
         points = int(self.table["points"])
         return np.linspace(0, float(self.table["nfe"]), points + 1)
+
+    @property
+    def steering(self) -> bool:
+        """Whether methods of steering are compared, each at budgets of its own."""
+        return self.table.get("kind") == "steering"
+
+    def grid_of(self, name: str) -> np.ndarray:
+        """The points that a method's curve is read at, ``(P,)``."""
+        if not self.steering:
+            return self.grid
+        return np.asarray(np.mean([r.nfe for r in self.methods[name].runs], 0))
+
+    def reached(self, names: Sequence[str], unit: str) -> float:
+        """The most evaluations (``nfe``) or ``seconds`` that all of these methods have spent."""
+        return min(self.methods[name].mean(unit) for name in names)
+
+    def interval(
+        self, statistic: Statistic, runs: Sequence[np.ndarray], **options: Any
+    ) -> Interval:
+        """A statistic of methods' values, with its interval.
+
+        Over seeds and prompts of training; of steering over prompts, as its seeds are only noise.
+        """
+        over = interval_over_prompts if self.steering else interval_of
+        return over(statistic, runs, self.pictures, **options)
 
     @property
     def unfinished(self) -> list[Mapping[str, Any]]:
@@ -86,40 +123,53 @@ class Comparison:
         Raises:
             ValueError: a run was judged on other pictures; names it.
         """
-        first: Sequence[Any] = ()
+        first: dict[int, Sequence[Any]] = {}
         for method in self.methods.values():
             for run in method.runs:
+                group = run.seed if self.steering else 0  # steering seeds are seeds of the noise
                 for result in run.results:
                     asked = [(r.key, r.prompt, r.seed, r.task) for r in result.rows]
-                    first = first or asked
-                    if asked != first:
+                    if asked != first.setdefault(group, asked):
                         raise ValueError(
                             f"{result.folder} was judged on other pictures than the rest; "
                             "remove it and run the comparison again"
                         )
-        return Pictures(tuple(a[3] for a in first), tuple(a[1] for a in first))
+        rows: Sequence[Any] = next(iter(first.values()), ())
+        return Pictures(tuple(a[3] for a in rows), tuple(a[1] for a in rows))
 
-    def values(self, name: str, measures: Sequence[str] = ("accuracy",)) -> np.ndarray:
-        """``(S, P, K, Q)``: each picture's measures at the points of :attr:`grid`.
+    def values(
+        self, name: str, measures: Sequence[str] = ("accuracy",), grid: np.ndarray | None = None,
+        unit: str = "nfe",
+    ) -> np.ndarray:  # fmt: skip
+        """``(S, P, K, Q)``: each picture's measures at the points of ``grid``.
 
-        Between two evaluations a picture's value is interpolated in network evaluations; a run
-        that ended a little off the budget keeps its end.
+        Between two evaluations a picture's value is interpolated in ``unit``, network evaluations
+        or ``seconds``; a run that ended a little off the budget keeps its end.
+
+        Args:
+            grid: ``(P,)``; by default that of :meth:`grid_of`.
         """
-        return np.stack([self._measure(name, m) for m in measures], -1)
+        grid = self.grid_of(name) if grid is None else grid
+        runs = self.methods[name].runs
+        return np.stack(
+            [
+                np.stack([_resampled(grid, getattr(r, unit), self._own(name, r, m)) for r in runs])
+                for m in measures
+            ],
+            -1,
+        )
 
-    def _measure(self, name: str, measure: str) -> np.ndarray:
-        if (name, measure) not in self._kept:
-            found = [self._run(run, measure) for run in self.methods[name].runs]
-            self._kept[name, measure] = np.stack(found)
-        return self._kept[name, measure]
-
-    def _run(self, run: RunCurve, measure: str) -> np.ndarray:
-        own = np.stack([measured(r, measure) for r in run.results])
-        return _resampled(self.grid, run.nfe, own)
+    def _own(self, name: str, run: RunCurve, measure: str) -> np.ndarray:
+        """``(E, K)``: of the evaluations of one run."""
+        key = (name, run.seed, measure)
+        if key not in self._kept:
+            self._kept[key] = np.stack([measured(r, measure) for r in run.results])
+        return self._kept[key]
 
     def seconds(self, name: str) -> np.ndarray:
-        """Mean training time at the points of :attr:`grid`, ``(P,)``."""
-        found = [np.interp(self.grid, r.nfe, r.seconds) for r in self.methods[name].runs]
+        """Mean time at the points of :meth:`grid_of`, ``(P,)``."""
+        grid = self.grid_of(name)
+        found = [np.interp(grid, r.nfe, r.seconds) for r in self.methods[name].runs]
         return np.asarray(np.mean(found, 0))
 
 
@@ -132,7 +182,7 @@ def read_comparison(folder: Path | str) -> Comparison:
     folder = Path(folder)
     path = folder / FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} holds no comparison ({FILE}); run bench methods first")
+        raise FileNotFoundError(f"{folder} holds no comparison ({FILE}); run mmalign bench first")
     table = json.loads(path.read_text(encoding="utf-8"))
     methods = {}
     for name, row in table["methods"].items():
@@ -147,6 +197,8 @@ def read_comparison(folder: Path | str) -> Comparison:
 
 def _read_run(folder: Path, seed: int) -> RunCurve:
     ended = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    if "points" in ended:
+        return _read_points(folder, seed, ended["points"])
     log = {int(r["step"]): r for r in read_jsonl(folder / "metrics.jsonl")}
     steps = [int(p.name.removeprefix("step_")) for p in sorted((folder / "eval").glob("step_*"))]
     known = [s for s in steps if s in log and s < ended["steps"]]
@@ -156,6 +208,13 @@ def _read_run(folder: Path, seed: int) -> RunCurve:
     results = [EvalResult.load(folder / "eval" / spot / "result.json") for spot in spots]
     return RunCurve(seed, int(ended["steps"]), np.array(nfe, float), np.array(seconds, float),
                     tuple(results))  # fmt: skip
+
+
+def _read_points(folder: Path, seed: int, points: Sequence[Mapping[str, Any]]) -> RunCurve:
+    """A run that names its evaluations and what each of them cost."""
+    results = [EvalResult.load(folder / "eval" / p["spot"] / "result.json") for p in points]
+    nfe, seconds = (np.array([p[unit] for p in points], float) for unit in ("nfe", "seconds"))
+    return RunCurve(seed, 0, nfe, seconds, tuple(results), tuple(points))
 
 
 def _resampled(grid: np.ndarray, nfe: np.ndarray, values: np.ndarray) -> np.ndarray:

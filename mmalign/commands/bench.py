@@ -15,7 +15,10 @@ _OPTIONS = (
 )  # fmt: skip
 
 
-_METHODS = ("methods", "seeds", "nfe", "table", "short", "jobs", "markdown")
+_METHODS = ("methods", "seeds", "nfe", "table", "short", "jobs", "markdown", "tuned")
+_EVALUATION_OPTIONS = (
+    "device", "dtype", "batch_size", "images", "steps", "guidance_scale", "repeats", "out",
+)  # fmt: skip
 _REWARD_OPTIONS = ("device", "dtype", "size", "repeats", "threads")
 
 
@@ -25,14 +28,22 @@ def run(args: Namespace) -> int:
         from mmalign.commands.bench_methods import run as compare
 
         return compare(args)
+    if args.what == "steering":
+        from mmalign.commands.bench_steering import run as compare_steering
+
+        return compare_steering(args)
     if said := [n for n in _METHODS if getattr(args, n) not in (None, False)]:
-        raise CommandError(f"--{said[0]} belongs to: mmalign bench methods")
+        raise CommandError(f"--{said[0]} belongs to: mmalign bench methods, or bench steering")
     from mmalign import api
 
     if args.policy is None:
+        if args.evaluate is not None:
+            raise CommandError("--evaluate needs --policy, the generator to evaluate")
         return _rewards(args)
     if args.batch_sizes is not None:
         raise CommandError("--batch-sizes measures rewards alone: leave out --policy")
+    if args.evaluate is not None:
+        return _evaluation(args)
     options: dict[str, Any] = given(**{n: getattr(args, n) for n in _OPTIONS})
     if args.reward is not None:
         options["reward"] = "+".join(args.reward)
@@ -42,6 +53,25 @@ def run(args: Namespace) -> int:
         return compare_objectives(args, options)
     result = api.bench(args.policy, **options)
     print(json.dumps(result, indent=2) if args.json else summary(result))
+    return 0
+
+
+def _evaluation(args: Namespace) -> int:
+    """Measure an evaluation from the prompt to the file."""
+    from eval.bench import bench_evaluation
+
+    if odd := [n for n in _OPTIONS if n not in _EVALUATION_OPTIONS and getattr(args, n)]:
+        raise CommandError(f"--{odd[0].replace('_', '-')} does not belong to --evaluate")
+    options = given(**{n: getattr(args, n) for n in _EVALUATION_OPTIONS})
+    result = bench_evaluation(args.policy, args.evaluate, **options)  # type: ignore[arg-type]
+    rate, s = result["images_per_second"], result["settings"]
+    text = (
+        f"{result['policy']} through {result['benchmark']} on {s['device']}: {s['images']} "
+        f"pictures of {s['size']} px, {s['steps']} steps, batch {s['batch_size']}\n"
+        f"{_short(rate['median'])} pictures/s end to end ({_short(rate['min'])} to "
+        f"{_short(rate['max'])}), generating {result['generating']:.1%} of the time"
+    )
+    print(json.dumps(result, indent=2) if args.json else text)
     return 0
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ OUT = "runs/methods"
 _FOREIGN = (
     "policy", "device", "dtype", "batch_size", "batch_sizes", "images", "steps", "guidance_scale",
     "size", "repeats", "adapter", "lora_rank", "kl_beta", "reward", "attention",
-    "gradient_checkpointing", "compile", "objectives",
+    "gradient_checkpointing", "compile", "objectives", "tuned",
 )  # fmt: skip
 
 
@@ -24,19 +26,37 @@ def run(args: Namespace) -> int:
     from trainers.comparison.runner import run_all
     from trainers.comparison.table import SHIPPED, choose, read_table
 
-    if said := [n for n in _FOREIGN if getattr(args, n) is not None]:
-        option = said[0].replace("_", "-")
-        raise CommandError(f"--{option} measures speed: it does not go with bench methods")
+    refuse(args, _FOREIGN, "methods")
     chosen = choose(
-        read_table(args.table or SHIPPED), _names(args.methods), _numbers(args.seeds),
-        _at_least("--nfe", args.nfe, 1) or 0, args.short,
+        read_table(args.table or SHIPPED), names(args.methods), numbers(args.seeds),
+        at_least("--nfe", args.nfe, 1) or 0, args.short,
     )  # fmt: skip
     read_claims(chosen.claims)  # a broken claim is better found now than after hours
-    jobs = _at_least("--jobs", args.jobs, 0)
-    out = Path(args.out or OUT + ("-short" if args.short else ""))
-    record = run_all(
-        chosen, out, 1 if jobs is None else jobs, _at_least("--threads", args.threads, 1) or 1
-    )
+    return compare(args, OUT, partial(run_all, chosen))
+
+
+def refuse(args: Namespace, foreign: Sequence[str], what: str) -> None:
+    """Stop at an option of another form of ``bench``.
+
+    Raises:
+        CommandError: names the option.
+    """
+    if said := [n for n in foreign if getattr(args, n) is not None]:
+        option = said[0].replace("_", "-")
+        raise CommandError(f"--{option} does not go with bench {what}; leave it out")
+
+
+def compare(args: Namespace, default: str, run_all: Callable[..., dict[str, Any]]) -> int:
+    """Run what is missing and show it; 1 where a run failed.
+
+    Args:
+        default: folder where ``--out`` is not given.
+        run_all: takes the folder, jobs and threads; returns the record of the comparison.
+    """
+    jobs = at_least("--jobs", args.jobs, 0)
+    out = Path(args.out or default + ("-short" if args.short else ""))
+    threads = at_least("--threads", args.threads, 1) or 1
+    record = run_all(out, 1 if jobs is None else jobs, threads)
     _show(record, out, args)
     return int(any(r["state"] == "failed" for r in record["runs"]))
 
@@ -61,9 +81,11 @@ def _show(record: dict[str, Any], out: Path, args: Namespace) -> None:
 
 
 def _text(summary: Any) -> str:
-    from eval.methods.markdown import CLAIM_HEAD, METHOD_HEAD, claim_cells, method_cells
+    from eval.methods.markdown import CLAIM_HEAD, claim_cells
+    from eval.methods.words import words_of
 
-    tables = [table([method_cells(line) for line in summary.lines], METHOD_HEAD)]
+    words = words_of(summary)
+    tables = [table([words.cells(line) for line in summary.lines], words.head)]
     if summary.decided:
         tables.append(table([claim_cells(d) for d in summary.decided], CLAIM_HEAD))
     return "\n\n".join(tables)
@@ -76,6 +98,7 @@ def _plain(summary: Any) -> dict[str, Any]:
             "accuracy": line.accuracy.to_json(),
             "gain": line.gain.to_json(),
             "verdict": line.word,
+            **_of_steering(line),
         }
         for line in summary.lines
     }
@@ -87,18 +110,37 @@ def _plain(summary: Any) -> dict[str, Any]:
     return {"methods": methods, "claims": claims}
 
 
-def _names(text: str | None) -> list[str]:
+def _of_steering(line: Any) -> dict[str, Any]:
+    """What rows of a comparison of steering have besides."""
+    if not line.runs.runs[0].costs:
+        return {}
+    ahead = {unit: interval.to_json() for unit, interval in line.ahead.items()}
+    return {"ahead_of_best_of_n": ahead, "own_overhead": line.overhead}
+
+
+def names(text: str | None) -> list[str]:
+    """What stands between commas."""
     return [n.strip() for n in (text or "").split(",") if n.strip()]
 
 
-def _numbers(text: str | None) -> list[int]:
-    for name in _names(text):
+def numbers(text: str | None) -> list[int]:
+    """Whole numbers between commas.
+
+    Raises:
+        CommandError: one that is none.
+    """
+    for name in names(text):
         if not name.isdigit():
             raise CommandError(f"--seeds: {name!r} is no whole number; write 0,1,2")
-    return [int(n) for n in _names(text)]
+    return [int(n) for n in names(text)]
 
 
-def _at_least(option: str, value: int | None, least: int) -> int | None:
+def at_least(option: str, value: int | None, least: int) -> int | None:
+    """An option's number.
+
+    Raises:
+        CommandError: it is below ``least``.
+    """
     if value is not None and value < least:
         raise CommandError(f"{option} is {value}; it must be {least} or more")
     return value

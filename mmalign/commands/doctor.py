@@ -37,6 +37,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "ocr": ("rapidocr", "onnxruntime"),
     "parquet": ("pyarrow",),
     "video": ("av",),
+    "compbench": ("spacy",),
 }
 Status = Literal["ok", "missing", "note", "BROKEN"]
 

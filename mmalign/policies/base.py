@@ -146,6 +146,61 @@ class PipelinePolicy:
         """The autoencoder that :meth:`decode` calls."""
         return self.pipeline.vae
 
+    def encode_image(self, media: Media) -> Tensor:
+        """Clean latents ``(B, C, h, w)`` fp32 of images in [0, 1]: what :meth:`decode` inverts.
+
+        The autoencoder's mean where it gives a distribution, so that a picture has one latent.
+        Sides are those of :attr:`sampler`; no gradient.
+
+        Raises:
+            ValueError: a video, or pictures of another size.
+        """
+        wanted = (self.sampler.height, self.sampler.width)
+        if media.kind != "image" or media.data.shape[-2:] != wanted:
+            raise ValueError(
+                f"{self.name} takes pictures of {wanted[0]} x {wanted[1]} pixels, got a "
+                f"{media.kind} of {' x '.join(map(str, media.data.shape[-2:]))}; resize it, or set "
+                "rollout.size"
+            )
+        vae = self.decoder()
+        with torch.no_grad():
+            found = vae.encode(media.data.to(self.device, vae.dtype) * 2 - 1)
+        # The tiny autoencoder has no distribution.
+        latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+        return self._scaled(latents.float())
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`_unscaled`."""
+        config = self.pipeline.vae.config
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        if mean is not None and std is not None:
+            mean, std = (latents.new_tensor(v).view(1, -1, 1, 1) for v in (mean, std))
+            return (latents - mean) * config.scaling_factor / std
+        shift = config.get("shift_factor") or 0.0
+        return (latents - shift) * config.scaling_factor  # type: ignore[no-any-return]
+
+    @property
+    def codec_identity(self) -> str:
+        """Hash of the autoencoder's weights and of how its latents are scaled."""
+        vae = self.pipeline.vae
+        digest = hashlib.sha256(
+            json.dumps(
+                {k: v for k, v in sorted(vae.config.items()) if k[0] != "_"}, default=str
+            ).encode()
+        )
+        for key, value in sorted(vae.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def limits(self) -> Sequence[tuple[Any, int]]:
+        """Tokenizers, each with the number of tokens its text encoder takes."""
+        raise NotImplementedError
+
+    def fits(self, prompt: str) -> bool:
+        """Whether :meth:`encode` takes a prompt whole."""
+        return all(len(t(prompt).input_ids) <= limit for t, limit in self.limits())
+
     def _unscaled(self, latents: Tensor) -> Tensor:
         """Latents as the autoencoder takes them: its own scale, shift or channel statistics."""
         config = self.pipeline.vae.config

@@ -61,13 +61,17 @@ class FluxPolicy(FlowPolicy):
         Raises:
             ValueError: a prompt has more tokens than T5 is given.
         """
-        self.check_length(prompts, [(self.pipeline.tokenizer_2, self.max_sequence_length)])
+        self.check_length(prompts, self.limits())
         embeds, pooled, _ = self.pipeline.encode_prompt(
             prompt=list(prompts),
             device=self.device,
             max_sequence_length=self.max_sequence_length,
         )
         return Conditioning({"embeds": embeds, "pooled": pooled})
+
+    def limits(self) -> list[tuple[Any, int]]:
+        """T5's tokenizer; CLIP reads the beginning only, as it was trained."""
+        return [(self.pipeline.tokenizer_2, self.max_sequence_length)]
 
     def sigmas(self, steps: int) -> Tensor:
         """The pipeline's grid, ``(steps + 1,)``: uniform, then the scheduler's shift."""

@@ -41,8 +41,7 @@ class SDPolicy(DiffusionPolicy):
         Raises:
             ValueError: a prompt has more tokens than the text encoder takes.
         """
-        tokenizer = self.pipeline.tokenizer
-        self.check_length(prompts, [(tokenizer, tokenizer.model_max_length)])
+        self.check_length(prompts, self.limits())
         embeds, negative = self.pipeline.encode_prompt(
             prompt=list(prompts),
             device=self.device,
@@ -50,6 +49,10 @@ class SDPolicy(DiffusionPolicy):
             do_classifier_free_guidance=True,
         )
         return Conditioning({"embeds": embeds}, {"embeds": negative})
+
+    def limits(self) -> list[tuple[Any, int]]:
+        """The tokenizer."""
+        return [(self.pipeline.tokenizer, self.pipeline.tokenizer.model_max_length)]
 
     def call(self, x: Tensor, time: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Noise or velocity, as the scheduler's ``prediction_type`` says, ``(B, C, h, w)``."""

@@ -50,7 +50,7 @@ class SD3Policy(FlowPolicy):
         Raises:
             ValueError: a prompt has more tokens than a text encoder takes.
         """
-        self.check_length(prompts, self._limits())
+        self.check_length(prompts, self.limits())
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt=list(prompts),
             prompt_2=None,
@@ -84,7 +84,8 @@ class SD3Policy(FlowPolicy):
             return_dict=False,
         )[0]
 
-    def _limits(self) -> list[tuple[Any, int]]:
+    def limits(self) -> list[tuple[Any, int]]:
+        """CLIP's tokenizer, and T5's where there is one."""
         limits = [(self.pipeline.tokenizer, self.pipeline.tokenizer_max_length)]
         if self.pipeline.tokenizer_3 is not None:
             limits.append((self.pipeline.tokenizer_3, self.max_sequence_length))

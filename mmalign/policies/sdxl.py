@@ -39,8 +39,7 @@ class SDXLPolicy(DiffusionPolicy):
         Raises:
             ValueError: a prompt has more tokens than a text encoder takes.
         """
-        tokenizers = [t for t in (self.pipeline.tokenizer, self.pipeline.tokenizer_2) if t]
-        self.check_length(prompts, [(t, t.model_max_length) for t in tokenizers])
+        self.check_length(prompts, self.limits())
         embeds, negative, pooled, negative_pooled = self.pipeline.encode_prompt(
             prompt=list(prompts), device=self.device, do_classifier_free_guidance=True
         )
@@ -48,6 +47,11 @@ class SDXLPolicy(DiffusionPolicy):
             {"embeds": embeds, "pooled": pooled},
             {"embeds": negative, "pooled": negative_pooled},
         )
+
+    def limits(self) -> list[tuple[Any, int]]:
+        """Both tokenizers, or the one there is."""
+        tokenizers = [t for t in (self.pipeline.tokenizer, self.pipeline.tokenizer_2) if t]
+        return [(t, t.model_max_length) for t in tokenizers]
 
     def call(self, x: Tensor, time: Tensor, conditioning: Mapping[str, Tensor]) -> Tensor:
         """Noise or velocity, as the scheduler's ``prediction_type`` says, ``(B, C, h, w)``."""

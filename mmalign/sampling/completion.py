@@ -54,6 +54,14 @@ def states_of(rollout: Rollout, positions: Sequence[int]) -> tuple[Tensor, list[
     return every[:, list(positions)], [steps[0] + j for j in positions]
 
 
+def children_of(rollout: Rollout, positions: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """States that recorded steps led to, by position, and their grid indices.
+
+    Where a rollout branches they are not those that the next steps started from.
+    """
+    return rollout.next_latents[:, list(positions)], [rollout.steps[j] + 1 for j in positions]
+
+
 @torch.no_grad()
 def complete(
     policy: Policy,
@@ -61,6 +69,7 @@ def complete(
     positions: Sequence[int],
     *,
     steps: int = 0,
+    children: bool = False,
     batch_size: int = 64,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, int]:
@@ -69,7 +78,7 @@ def complete(
     States of all noise levels share network calls: a row carries its own level.
 
     Args:
-        positions: see :func:`states_of`.
+        positions: see :func:`states_of`, or with ``children`` :func:`children_of`.
         steps: of each completion, at most; 0 is the whole remaining grid.
         batch_size: rows per network call.
         dtype: autocast precision, that of the rollout.
@@ -77,7 +86,7 @@ def complete(
     Returns:
         ``(B, M, ...)`` and the network evaluations spent.
     """
-    states, starts = states_of(rollout, positions)
+    states, starts = (children_of if children else states_of)(rollout, positions)
     grids = [remaining_grid(rollout.sigmas, k, steps) for k in starts]
     policy.denoiser.eval()
     # Longest first: the rows of a batch that are still on their way are always its head.

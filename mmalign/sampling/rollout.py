@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mmalign.protocols import Kernel, Policy
+from mmalign.sampling.branching import Families, whole_families
 from mmalign.sampling.fit import deterministic, fitted
 from mmalign.sampling.generate import autocast, evaluations
 from mmalign.sampling.guidance import Guide, State
@@ -35,6 +36,9 @@ class Plan:
         guided_density: recorded log-probabilities are of the means that the guide moved. Without,
             they are of the policy's own means (the released Euphonium recipe), and the policy
             gradient draws the policy towards where the guide led.
+        branch: the samples of a group are children of one state at each noisy step up to the last
+            recorded one; the next step starts from a random one of them. They share the initial
+            noise, and part for good at the last recorded step.
     """
 
     kernel: Kernel
@@ -46,8 +50,11 @@ class Plan:
     keep_velocities: bool = False
     guide: Guide | None = None
     guided_density: bool = False
+    branch: bool = False
 
     def __post_init__(self) -> None:
+        if self.branch and (self.guide is not None or not self.record):
+            raise ValueError("a branching rollout must record steps, and has no guide")
         if not self.kernel.stochastic and (self.record or self.noisy != ()):
             raise ValueError(
                 "trajectories need a stochastic kernel: flow_sde, dance_sde or cps for flow "
@@ -100,6 +107,8 @@ def collect(
         plan = replace(plan, kernel=fitted(plan.kernel, policy))
     policy.denoiser.eval()
     starts = list(seeds if init_seeds is None else init_seeds)
+    if plan.branch:
+        batch_size = whole_families(groups, batch_size)
     parts = []
     with autocast(policy.device, dtype):
         for at in range(0, len(prompts), batch_size):
@@ -121,13 +130,16 @@ def _trajectory(
     sigmas = policy.sigmas(plan.steps)
     scale, noisy = plan.guidance_scale, plan.stochastic_steps
     ode = deterministic(policy.parameterisation)
+    families = Families(groups, seeds) if plan.branch else None
+    if families is not None:
+        starts = [starts[i] for i in families.spread(families.first).tolist()]
     x, first, nfe = _shared_prefix(policy, prompts, starts, plan, conditioning, sigmas)
     # One generator per sample: a sample's noise does not depend on who shares its batch.
     generators = [torch.Generator().manual_seed(s ^ _NOISE_STREAM) for s in seeds]
     record = _Record(plan)
     for k in range(first, plan.steps):
-        velocity = policy.predict(x, sigmas[k], conditioning, scale)
-        nfe += evaluations(len(x), scale, conditioning)
+        velocity, spent = _predict(policy, x, sigmas[k], conditioning, scale, families)
+        nfe += spent
         if k in noisy:
             noise = torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators])
             step = plan.kernel.step(x, sigmas[k], sigmas[k + 1], velocity, noise.to(x.device))
@@ -137,6 +149,9 @@ def _trajectory(
             state = State(x, sigmas[k], sigmas[k + 1], velocity, conditioning, scale, prompts)
             step = record.add(policy, state, step, k)
         x = step.x_next
+        if families is not None and k in noisy:
+            # Past the last recorded step nothing is compared: everyone goes on alone.
+            families, x = (families, families.go_on(x)) if k < plan.record[-1] else (None, x)
     return Rollout(
         prompts=prompts,
         groups=groups,
@@ -153,6 +168,20 @@ def _trajectory(
         guide_pictures=record.pictures,
         **record.columns(x),
     )
+
+
+def _predict(
+    policy: Policy, x: Tensor, sigma: Tensor, conditioning: Conditioning, scale: float,
+    families: Families | None,
+) -> tuple[Tensor, int]:  # fmt: skip
+    """The prediction for every row and its evaluations; one for each family that shares a state."""
+    if families is None:
+        return policy.predict(x, sigma, conditioning, scale), evaluations(
+            len(x), scale, conditioning
+        )
+    rows = families.first
+    prediction = policy.predict(x[rows], sigma, conditioning[rows], scale)
+    return families.spread(prediction), evaluations(len(rows), scale, conditioning)
 
 
 class _Record:

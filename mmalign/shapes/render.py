@@ -12,6 +12,7 @@ from mmalign.shapes.grammar import COLORS, SHAPES
 from mmalign.shapes.scene import Placed, Scene
 
 SUPERSAMPLE = 4
+CIRCLE = 0.92  # of the radius: equal visual weight with the polygons
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
@@ -53,16 +54,27 @@ def outline(draw: ImageDraw.ImageDraw, placed: Placed, side: int, fill: object) 
     """Draw one object's filled outline onto a canvas of ``side`` pixels."""
     x, y, r = placed.x * side, placed.y * side, placed.radius * side
     if placed.shape == "circle":
-        r *= 0.92  # equal visual weight with the polygons
+        r *= CIRCLE
         draw.ellipse((x - r, y - r, x + r, y + r), fill=fill)  # type: ignore[arg-type]
         return
+    points = [(x + r * px, y + r * py) for px, py in _turned(placed)]
+    draw.polygon(points, fill=fill)  # type: ignore[arg-type]
+
+
+def bounds(placed: Placed) -> tuple[float, float, float, float]:
+    """The tightest box around an object: left, top, right, bottom as shares of the side."""
+    x, y, r = placed.x, placed.y, placed.radius
+    if placed.shape == "circle":
+        return x - r * CIRCLE, y - r * CIRCLE, x + r * CIRCLE, y + r * CIRCLE
+    xs, ys = zip(*_turned(placed), strict=True)
+    return x + r * min(xs), y + r * min(ys), x + r * max(xs), y + r * max(ys)
+
+
+def _turned(placed: Placed) -> list[tuple[float, float]]:
+    """Vertices of a polygon around its centre, in radii."""
     turn = math.radians(placed.rotation)
     cos, sin = math.cos(turn), math.sin(turn)
-    points = [
-        (x + r * (px * cos - py * sin), y + r * (px * sin + py * cos))
-        for px, py in unit_outline(placed.shape)
-    ]
-    draw.polygon(points, fill=fill)  # type: ignore[arg-type]
+    return [(px * cos - py * sin, px * sin + py * cos) for px, py in unit_outline(placed.shape)]
 
 
 @lru_cache

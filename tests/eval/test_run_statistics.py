@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from eval.run_statistics import Pictures, end_improvement, end_iqm, interval_of, iqm
+from eval.run_statistics import (
+    Pictures,
+    end_improvement,
+    end_iqm,
+    interval_of,
+    interval_over_prompts,
+    iqm,
+)
+from eval.statistics import bootstrap_task_mean
 
 
 def pictures(count: int, tasks: int = 2) -> Pictures:
@@ -127,3 +135,36 @@ def test_probability_of_improvement():
     assert found([3.0, 4.0], [1.0, 2.0]).mean == 1.0
     assert found([1.0, 1.0], [1.0, 1.0]).mean == 0.5
     assert found([1.0, 3.0], [0.0, 2.0]).mean == 0.75
+
+
+def noisy_pair(rng: np.random.Generator, ahead: float, seeds: int = 3) -> list[np.ndarray]:
+    """Two methods on 2 x 15 prompts of their own difficulty; seeds are noise and nothing else."""
+    hard = rng.normal(0, 0.3, 30)
+    gains = (rng.normal(ahead, 0.2, 30), np.zeros(30))
+    return [(hard + gain + rng.normal(0, 0.3, (seeds, 30)))[:, None, :, None] for gain in gains]
+
+
+THIRTY = pictures(30)
+
+
+def test_over_prompts_seeds_are_further_samples_of_each():
+    runs = noisy_pair(np.random.default_rng(0), 0.2)
+    found = interval_over_prompts(difference, runs, THIRTY)
+    gap = (runs[0] - runs[1])[:, 0, :, 0]
+    tasks = {
+        name: (gap[:, own].flatten(), [f"p{i}" for i in np.arange(30)[own]] * 3)
+        for name, own in (("a", slice(15)), ("b", slice(15, 30)))
+    }
+    other = bootstrap_task_mean(tasks)
+    assert found.mean == pytest.approx(gap.mean()) == pytest.approx(other.mean)
+    assert (found.low, found.high) == pytest.approx((other.low, other.high), abs=0.015)
+    with pytest.raises(ValueError, match=r"\[2, 3\] seeds"):
+        interval_over_prompts(difference, [runs[0][:2], runs[1]], THIRTY)
+
+
+def test_over_prompts_coverage():
+    rng, hits = np.random.default_rng(1), 0
+    for _ in range(200):
+        found = interval_over_prompts(difference, noisy_pair(rng, 0.1), THIRTY, samples=300)
+        hits += found.low <= 0.1 <= found.high
+    assert 0.89 <= hits / 200 <= 0.99

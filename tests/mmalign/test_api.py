@@ -157,7 +157,7 @@ def test_bad_evaluations_are_explained(tiny_policy):
         mmalign.evaluate(tiny_policy, dtype="bf8")
     with pytest.raises(ValueError, match="before making a policy of it"):
         mmalign.evaluate(tiny_policy, lora="adapter")
-    with pytest.raises(ValueError, match="set it there"):
+    with pytest.raises(ValueError, match="set them there"):
         mmalign.evaluate(tiny_policy, object(), samples_per_prompt=2)
 
 

@@ -138,12 +138,14 @@ def test_evaluate(api, capsys):
 
     api.answers["evaluate"] = SimpleNamespace(
         benchmark="shapes", version="1", policy="p", tasks={"counting": part(10)}, overall=part(60),
-        seconds=2.0, nfe=100.0, folder=None,
+        seconds=2.0, nfe=100.0, folder=None, numbers={"overall": 0.5}, training={}, unit="share",
+        rows=(), problems=("two of one kind",), limited=False,
     )  # fmt: skip
     assert main(["evaluate", "--policy", "p", "--steps", "8", "--lora", "l"]) == 0
     assert api.calls == [("evaluate", ("p", "shapes"), {"report": True, "lora": "l", "steps": 8})]
     out = capsys.readouterr().out
     assert "counting" in out and "[0.400, 0.600]" in out and "mean over tasks" in out
+    assert "note: Two of one kind." in out
 
 
 @pytest.mark.parametrize("ok", [True, False])

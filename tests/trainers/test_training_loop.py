@@ -12,9 +12,10 @@ from mmalign.config import ConfigError
 from mmalign.policies.build import tiny_pipeline
 from mmalign.registry import UnknownNameError
 from mmalign.runtime.log import read_jsonl
+from mmalign.runtime.training_record import TrainingRecord, prompt_hash
 from mmalign.sampling import generate
 from trainers import entry
-from trainers.data import minibatches, rows_of_step
+from trainers.data import PromptSource, minibatches, rows_of_step
 
 PROMPTS = ["a photo of a red star", "a photo of two circles"]
 SEEDS = [5, 6]
@@ -281,6 +282,12 @@ def test_run_folder_says_what_was_done(trained):
     assert held.model.adapter == trained.adapter and held.steps == 3
     assert [r["step"] for r in trained.log] == [1, 2, 3]
     assert all(r["kl"] >= 0 and 0 <= r["clip_fraction"] <= 1 for r in trained.log)
+    # What it was trained on goes with the weights.
+    record = TrainingRecord.read(trained.folder / export / "training.json")
+    assert record == TrainingRecord.near(trained.folder)
+    source = PromptSource(held.prompts, held.seed)
+    used = {p for step in range(3) for p in rows_of_step(held, source, step).prompts}
+    assert record.prompts == {prompt_hash(p) for p in used} and record.rewards == ("brightness",)
 
 
 # --- reference ------------------------------------------------------------------------------------

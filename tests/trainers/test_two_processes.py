@@ -12,12 +12,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mmalign.config import dump_yaml
 from mmalign.runtime.log import read_jsonl
 from trainers import checkpoint, entry
 from trainers.config import CalibrationConfig
+from trainers.pair_config import PairConfig
 from trainers.panel_config import PanelConfig
 
 SCRIPT = """
@@ -44,12 +46,28 @@ entry.train(even, reward=reward)  # its end is the end of the process group
 
 
 NAMES = ["odd", "even", "torn", "old", "dense", "noise", "value", "guided", "placed"]
+NAMES += ["liked", "own", "d3po", "spo", "prdp"]
+
+
+def labelled(base: Path) -> Path:
+    """Four pairs of pictures of one colour."""
+    folder, lines = base / "labelled", []
+    folder.mkdir(exist_ok=True)
+    for n in range(4):
+        names = [f"{n}_{side}.png" for side in "ab"]
+        for name, level in zip(names, (250 - 10 * n, 20 + 5 * n), strict=True):
+            Image.new("RGB", (32, 32), (level, 90, 90)).save(folder / name)
+        row = {"prompt": f"a photo of {n}", "image_a": names[0], "image_b": names[1], "label": "a"}
+        lines.append(json.dumps(row) + "\n")
+    (folder / "pairs.jsonl").write_text("".join(lines))
+    return folder
 
 
 def recipes(kit, base: Path) -> list:
     """9 images of which the 2 extremes of each prompt are trained on; 8 with a KL and guidance;
     two objectives of the forward process; an advantage for every step, with found noise; noise
-    that is learned; a critic of shares of different sizes; guided rollouts; and region scores."""
+    that is learned; a critic of shares of different sizes; guided rollouts; region scores; a mean
+    over everyone; and 3 labelled pairs of which 2 processes replace some by their own."""
     common = {"model__adapter": "lora", "model__lora_rank": 4, "optim__lr": 1e-3, "steps": 2}
     odd = {"prompts_per_step": 3, "images_per_prompt": 3, "advantage__keep": 2}
     even = {"objective": {"kl_beta": 0.1}, "rollout__guidance_scale": 2.0, "model__ema_decay": 0.5}
@@ -79,6 +97,12 @@ def recipes(kit, base: Path) -> list:
     # Noise shows no objects, whose maps are 0: what moves the weights is the constraint.
     regions = {"region_reward": "shapes_partial", "constraint": "target"}
     placed = {"algorithm": "srum", "objective": regions, **matching}
+    liked = {"prompts_per_step": 3, "images_per_prompt": 3, "algorithm": "diffusion_kto"}
+    liked |= {"objective": {"beta": 10.0}, **matching}
+    rounds = {"round_steps": 1, "self_share": 0.67, "candidates": 2, "score_draws": 1}
+    own = {"prompts_per_step": 3, "images_per_prompt": 2, "algorithm": "sail", **matching}
+    own |= {"objective": {"beta": 10.0, **rounds}, "pairs": PairConfig(data=str(labelled(base)))}
+    whole = {"prompts_per_step": 3, "images_per_prompt": 3}
     return [
         kit.cheap(base / "odd", **common, **odd),
         kit.cheap(base / "torn", **common, **torn),
@@ -88,6 +112,14 @@ def recipes(kit, base: Path) -> list:
         kit.cheap(base / "value", **common, **value),
         kit.cheap(base / "guided", **common, **guided),
         kit.cheap(base / "placed", **common, **placed),
+        kit.cheap(base / "liked", **common, **liked),
+        kit.cheap(base / "own", **common, **own),
+        # Whole prompts: one for the first process, two for the second.
+        kit.cheap(
+            base / "d3po", algorithm="d3po", **common, **whole, objective={"pairing": "neighbours"}
+        ),
+        kit.cheap(base / "spo", algorithm="spo", **common, **whole),
+        kit.cheap(base / "prdp", algorithm="prdp", **common, **whole, optim__updates_per_rollout=3),
         kit.cheap(base / "even", **common, **even, **split),
     ]
 
@@ -150,8 +182,10 @@ def test_weights_agree(pair, name):
     # In double precision all agree to 1e-12: what is left is rounding. A process decodes batches of
     # another size, and a gain is a difference of nearly equal rewards. Under "noise" and "value"
     # some gradients are of rounding's size too, which Adam turns into a share of its rate of 1e-3:
-    # another micro-batch on one process moves them as far, up to 3e-5 and 3e-6.
-    slack = {"dense": 1e-5, "noise": 1e-4, "value": 3e-5}.get(name, 1e-6)
+    # another micro-batch on one process moves them as far, up to 3e-5 and 3e-6; "d3po" 2e-6,
+    # "liked" 5e-6, "own" 1e-6.
+    slack = {"dense": 1e-5, "noise": 1e-4, "value": 3e-5, "d3po": 1e-5}
+    slack = (slack | {"liked": 2e-5, "own": 1e-5}).get(name, 1e-6)
     for key, value in one.items():
         torch.testing.assert_close(two[key], value, rtol=1e-5, atol=slack, msg=key)
 

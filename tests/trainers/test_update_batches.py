@@ -13,6 +13,7 @@ from mmalign.types import Conditioning
 from trainers import entry
 from trainers.forward import group_means
 from trainers.objective import StepBatch, process_of
+from trainers.pairing import matched
 from trainers.pairs import Pairs
 from vision_rewards.function import FunctionReward
 
@@ -28,6 +29,9 @@ OBJECTIVE = {
     "reinflow": ({}, 1, {"rollout__kernel": "learned"}),
     "euphonium": ({"process_reward": "contrast", "distill": 0.1}, 1, {}),
     "dpok": ({"kl_beta": 0.0, "critic": {}}, 1, {}),
+    "d3po": ({}, 4, {}),  # of a pair: both samples under both versions
+    "spo": ({}, 4, {}),
+    "prdp": ({}, 3, {}),  # both versions for the differences, one for the loss
     "raft": ({}, 1, {}),
     "reward_weighted": ({}, 1, {}),
     "ac_flow": ({"w2_beta": 0.0, "warmup": 0}, 1, {}),
@@ -36,7 +40,17 @@ OBJECTIVE = {
     "diffusion_nft": ({"kl_beta": 0.0}, 2, {}),
     "crd": ({"kl_beta": 0.0}, 3, {}),  # for group means the current policy is run once more
     "dgpo": ({}, 4, {}),  # old and reference too, but once for group means and loss
+    "diffusion_dpo": ({"beta": 1.0}, 4, {}),
+    "ipo": ({"beta": 1.0}, 4, {}),
+    "diffusion_kto": ({"beta": 1.0}, 3, {}),
+    "mapo": ({"temperature": 1.0}, 2, {}),
+    # The three levels of the grid are 1, 2 and 3 steps of inversion away: 2 more for each sample.
+    "inpo": ({"beta": 1.0}, 8, {"forward__times": "grid"}),
 }
+ELSEWHERE = {"sail"}  # needs labelled pairs; see tests/trainers/preferences
+# They measure from the reference by themselves, and have no weight of a distance to it.
+MEASURED = {"d3po", "spo", "prdp", "diffusion_dpo", "ipo", "diffusion_kto", "inpo"}
+UNANCHORED = {*MEASURED, "mapo"}
 ANCHORED = {"w2_beta": ("raft", "reward_weighted", "ac_flow"), "constraint_weight": ("srum",)}
 
 
@@ -73,7 +87,7 @@ def captured(trainer) -> tuple:
 
 
 def test_every_objective_is_here():
-    assert {e.name for e in OBJECTIVES} == OBJECTIVE.keys()
+    assert {e.name for e in OBJECTIVES} == OBJECTIVE.keys() | ELSEWHERE
 
 
 # --- the gradient ---------------------------------------------------------------------------------
@@ -118,21 +132,57 @@ def one_step(trainer, rollout, advantage, index: int):
     )  # fmt: skip
 
 
+def rows_to_train(trainer, rollout, advantage, keep) -> torch.Tensor:
+    """The kept samples; winners and losers by turns where an objective compares pairs."""
+    if not getattr(trainer.update.objective, "paired", False):
+        return torch.nonzero(keep).flatten()
+    return matched(advantage, keep, rollout.groups).flatten()
+
+
+def mean_of_update(trainer, rollout, advantages, passes: int) -> torch.Tensor:
+    """The mean of the objective's statistic over all samples and draws."""
+    batches = [one_step(trainer, rollout, advantages, k) for k in range(passes)]
+    statistic = trainer.update.objective.statistic
+    return torch.cat([statistic(b) for b in batches]).detach().mean(0)
+
+
+def coupled(trainer, rollout, advantages, keep, count) -> list[torch.Tensor]:
+    """The same for an objective that compares sums over the steps of all samples of a group."""
+    update, rows, passes = trainer.update, torch.nonzero(keep).flatten(), len(rollout.steps)
+    batches = [one_step(trainer, rollout[rows], advantages[rows], k) for k in range(passes)]
+    values = torch.cat([update.objective.statistic(b) for b in batches]).detach()
+    repeated = (t.repeat(passes) for t in (advantages[rows], rows, rollout.groups[rows]))
+    pooled = update.objective.couple(values, *repeated).chunk(passes)
+    losses = [
+        update.objective.loss(replace(b, pooled=p))[0] for b, p in zip(batches, pooled, strict=True)
+    ]
+    total = torch.cat(losses).sum() / (count * passes)
+    return list(torch.autograd.grad(total, trainer.model.parameters()))
+
+
 def step_by_step(trainer, rollout, advantages, keep, count) -> list[torch.Tensor]:
-    """The gradient of the mean over samples and steps, step after step."""
+    """The gradient of the mean over samples (or pairs) and steps, step after step."""
     forward = trainer.update.forward
     passes = len(rollout.steps) if forward is None else forward.draws
+    if hasattr(trainer.update.objective, "couple"):
+        return coupled(trainer, rollout, advantages, keep, count)
     total = 0
     for index in range(passes):
         own = advantages if advantages.ndim == 1 else advantages[:, index]
-        loss, _ = trainer.update.objective.loss(one_step(trainer, rollout[keep], own[keep], index))
+        rows = rows_to_train(trainer, rollout, own, keep)
+        batch = one_step(trainer, rollout[rows], own[rows], index)
+        if getattr(trainer.update.objective, "pool", "group") == "update":
+            mean = mean_of_update(trainer, rollout[rows], own[rows], passes)
+            batch = replace(batch, pooled=mean.expand(len(rows), -1))
+        loss, _ = trainer.update.objective.loss(batch)
         total = total + loss.sum() / (count * passes)
     return list(torch.autograd.grad(total, trainer.model.parameters(), materialize_grads=True))
 
 
 @pytest.mark.parametrize("name", sorted(OBJECTIVE))
 def test_gradient_is_that_of_the_loop_over_steps(kit, tmp_path, name):
-    options = {anchor(name): 0.1} | ({"kl_form": "no_dt"} if name == "flow_grpo" else {})
+    options = {} if name in UNANCHORED else {anchor(name): 0.1}
+    options |= {"kl_form": "no_dt"} if name == "flow_grpo" else {}
     trainer = build(kit, tmp_path, name, options, images_per_prompt=2)
     rollout, advantages, keep, count = captured(trainer)
     rollout, keep = in_double_precision(trainer, rollout), keep.clone()
@@ -280,7 +330,7 @@ def test_only_passes_that_an_objective_declares_are_made(kit, tmp_path, rows_see
     lora = {"model__adapter": "lora", "model__lora_rank": 2, "images_per_prompt": 2}
     _, passes, _ = OBJECTIVE[name]
     trainer = build(kit, tmp_path, name, **lora)
-    assert ("reference" in trainer.update.objective.needs) == (name == "dgpo")
+    assert ("reference" in trainer.update.objective.needs) == (name in {"dgpo", *MEASURED})
     assert passes_made(trainer, rows_seen) == (passes, 0)
 
 

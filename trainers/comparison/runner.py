@@ -8,27 +8,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mmalign.config import ConfigError, from_dict, load_yaml
-from mmalign.runtime.files import atomic_directory, atomic_write_json, make_directory
-from mmalign.runtime.log import say
+from mmalign.runtime.files import atomic_directory
+from mmalign.runtime.workers import listed, run_missing, start_python
 from trainers.comparison.table import Table
 from trainers.config import TrainConfig
 from trainers.entry import resolve_recipe, run_hash
 
 FILE = "comparison.json"
-POLL_SECONDS = 0.2
-_ROOT = Path(__file__).resolve().parents[2]
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,21 +100,18 @@ def run_all(table: Table, out: Path, jobs: int = 1, threads: int = 1) -> dict[st
     """
     runs = plan(table)
     states = {run.folder: state_of(run, out) for run in runs}
-    todo = [run for run in runs if states[run.folder] != "finished"] if jobs else []
     errors: dict[str, str] = {}
 
-    def keep(run: Run | None = None, error: str | None = None) -> None:
-        if run is not None:
-            states[run.folder] = "failed" if error else "finished"
-            if error:
-                errors[run.folder] = error
-        atomic_write_json(out / FILE, _record(table, runs, states, errors, threads))
+    def start(run: Run) -> subprocess.Popen[bytes]:
+        _lend_base(run, runs, out)
+        return _start(run, out / run.folder, threads)
 
-    make_directory(out)
-    keep()
-    say(f"{len(runs)} runs, {len(runs) - len(todo)} of them not to be run now")
-    _work(todo, runs, out, jobs, threads, keep)
-    return _record(table, runs, states, errors, threads)
+    def record() -> dict[str, Any]:
+        return _record(table, runs, states, errors, threads)
+
+    return run_missing(
+        runs, out / FILE, jobs, states=states, errors=errors, start=start, record=record
+    )
 
 
 def _record(
@@ -130,58 +121,14 @@ def _record(
     errors: Mapping[str, str],
     threads: int,
 ) -> dict[str, Any]:
-    listed = [
-        {"method": r.method, "seed": r.seed, "folder": r.folder, "state": states[r.folder],
-         "error": errors.get(r.folder, "")}
-        for r in runs
-    ]  # fmt: skip
-    return {"format": 1, "threads": threads, **asdict(table), "runs": listed}
-
-
-def _work(
-    todo: Sequence[Run], runs: Sequence[Run], out: Path, jobs: int, threads: int,
-    keep: Callable[[Run, str | None], None],
-) -> None:  # fmt: skip
-    """Keep ``jobs`` processes busy; whatever happens, none outlives this one."""
-    waiting, active, begun = list(todo), dict[Run, subprocess.Popen[bytes]](), time.monotonic()
-    ended = 0
-    try:
-        while waiting or active:
-            while waiting and len(active) < jobs:
-                run = waiting.pop(0)
-                _lend_base(run, runs, out)
-                active[run] = _start(run, out / run.folder, threads)
-            time.sleep(POLL_SECONDS)
-            for run in [r for r, process in active.items() if process.poll() is not None]:
-                code = active.pop(run).returncode
-                ended += 1
-                error = _last_words(out / run.folder / "log.txt", code) if code else None
-                keep(run, error)
-                left = (time.monotonic() - begun) / ended * (len(todo) - ended)
-                how = f"FAILED: {error}" if error else "finished"
-                say(f"{run.name} {how} ({ended}/{len(todo)}, about {left / 60:.0f} min left)")
-    finally:
-        for process in active.values():
-            process.terminate()
-        for process in active.values():
-            process.wait()
+    own = {**asdict(table), "runs": listed(runs, states, errors)}
+    return {"format": 1, "threads": threads, **own}
 
 
 def _start(run: Run, folder: Path, threads: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "mmalign", "train", run.recipe, *run.overrides]
-    command += ["--output-dir", str(folder), "--no-preflight", "--no-report"]
-    path = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH")) if p)
-    env = {**os.environ, **dict.fromkeys(_THREADS, str(threads)), "PYTHONPATH": path}
-    with (make_directory(folder) / "log.txt").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env)
-
-
-def _last_words(log: Path, code: int) -> str:
-    """The command's own message where it wrote one, else the end of what it said."""
-    lines = [ln.strip() for ln in log.read_text(errors="replace").splitlines() if ln.strip()]
-    own = [ln for ln in lines[-20:] if ln.startswith("mmalign: ")]
-    said = (own or lines or ["nothing was written"])[-1].removeprefix("mmalign: error: ")
-    return f"{said} (exit code {code}, see {log})"
+    arguments = ["-m", "mmalign", "train", run.recipe, *run.overrides]
+    arguments += ["--output-dir", str(folder), "--no-preflight", "--no-report"]
+    return start_python(arguments, folder, threads)
 
 
 def _lend_base(run: Run, runs: Sequence[Run], out: Path) -> None:

@@ -18,6 +18,7 @@ JOBS = {
     "shapes-clip": ("clip", "ClipConfig", "train_clip"),
     "shapes-aesthetic": ("aesthetic", "AestheticConfig", "train_aesthetic"),
     "shapes-artifact": ("artifact", "ArtifactConfig", "train_artifact"),
+    "shapes-detector": ("detector", "DetectorConfig", "train_detector"),
     "shapes-vlm": ("vlm", "VLMConfig", "train_vlm"),
 }
 

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from vision_rewards.cards import info_of
-from vision_rewards.judge.backend import Reply
+from vision_rewards.judge.backend import Query, Reply
 from vision_rewards.judge.base import Answer, JudgeReward, Row
 from vision_rewards.judge.parsing import UnreadableError, json_object
 from vision_rewards.judge.rubric import Rubric, load_rubric
@@ -23,7 +23,8 @@ class RubricJudge(JudgeReward):
     """Weighted mean of a rubric's criteria, in [0, 1].
 
     ``parts`` holds each criterion's score on its own scale (NaN where it does not apply), the
-    notes hold the reasons.
+    notes hold the reasons.  ``context["rubric"]`` may hold another rubric for a picture; parts of
+    rubrics that a picture was not judged by are NaN.
 
     Args:
         rubric: a :class:`~vision_rewards.judge.rubric.Rubric`, a shipped one's name, or a YAML
@@ -54,26 +55,35 @@ class RubricJudge(JudgeReward):
         prompts: Sequence[str],
         context: Sequence[Mapping[str, Any]],
     ) -> list[Row]:
-        """One question for each picture."""
-        rubric, form = self.rubric.text(), self.rubric.form()
-        queries = [
-            self.query(
-                self.template.fill(prompt=quoted(prompt), rubric=rubric, form=form), [picture]
-            )
-            for picture, prompt in zip(pictures, prompts, strict=True)
-        ]
-        return [self._row(answer) for answer in self.ask(queries, self._parse)]
+        """One question for each picture, by the rubric of its context where that holds one."""
+        rubrics = [load_rubric(facts.get("rubric", self.rubric)) for facts in context]
+        groups: dict[str, list[int]] = {}
+        for k, rubric in enumerate(rubrics):
+            groups.setdefault(repr(rubric), []).append(k)
+        found: dict[int, Row] = {}
+        for rows in groups.values():
+            rubric = rubrics[rows[0]]
+            asked = [self._question(rubric, prompts[k], pictures[k]) for k in rows]
+            answers = self.ask(asked, lambda reply, rubric=rubric: _parse(reply, rubric))  # type: ignore[misc]
+            found |= {k: _row(a, rubric) for k, a in zip(rows, answers, strict=True)}
+        return [found[k] for k in range(len(pictures))]
 
-    def _parse(self, reply: Reply) -> Scores:
-        read = self.rubric.read(json_object(reply.text))
-        if all(score is None for score, _ in read.values()):
-            raise UnreadableError("no criterion has a score")
-        return read
+    def _question(self, rubric: Rubric, prompt: str, picture: Image.Image) -> Query:
+        words = {"prompt": quoted(prompt), "rubric": rubric.text(), "form": rubric.form()}
+        return self.query(self.template.fill(**words), [picture])
 
-    def _row(self, answer: Answer[Scores]) -> Row:
-        if answer.value is None:
-            return Row(note=answer.reason)
-        scores = {name: score for name, (score, _) in answer.value.items()}
-        parts = {n: math.nan if s is None else s for n, s in scores.items()}
-        reasons = [f"{name}: {reason}" for name, (_, reason) in answer.value.items() if reason]
-        return Row(self.rubric.total(scores), parts, "; ".join(reasons))
+
+def _parse(reply: Reply, rubric: Rubric) -> Scores:
+    read = rubric.read(json_object(reply.text))
+    if all(score is None for score, _ in read.values()):
+        raise UnreadableError("no criterion has a score")
+    return read
+
+
+def _row(answer: Answer[Scores], rubric: Rubric) -> Row:
+    if answer.value is None:
+        return Row(note=answer.reason)
+    scores = {name: score for name, (score, _) in answer.value.items()}
+    parts = {n: math.nan if s is None else s for n, s in scores.items()}
+    reasons = [f"{name}: {reason}" for name, (_, reason) in answer.value.items() if reason]
+    return Row(rubric.total(scores), parts, "; ".join(reasons))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mmalign.pictures import read_picture
 from mmalign.runtime.files import atomic_path
+from mmalign.runtime.log import say
 from mmalign.runtime.progress import track
 from mmalign.types import Media
 from vision_rewards.training.backbones import Backbone, device_of
@@ -55,7 +56,8 @@ class FeatureCache:
     """Rows of features by key, in safetensors files that several trainings may share.
 
     A file is written whole or not at all and never changed, so a kill loses at most the rows
-    since the last one.
+    since the last one. A file that was damaged later is named and removed: its rows are missing
+    again, and are computed anew.
 
     Args:
         folder: one backbone's (its name should hold the digest of the weights).
@@ -64,12 +66,14 @@ class FeatureCache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._place: dict[str, tuple[Path, int]] = {}
-        from safetensors import safe_open
-
         for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for row, key in enumerate(json.loads(file.metadata()["keys"])):
-                    self._place[key] = path, row
+            try:
+                keys = _keys_in(path)
+            except Exception as error:  # of safetensors, of JSON, or a missing entry
+                say(f"{path} is damaged ({type(error).__name__}: {error}); it is made anew")
+                path.unlink()
+                continue
+            self._place.update({key: (path, row) for row, key in enumerate(keys)})
 
     def __contains__(self, key: object) -> bool:
         return key in self._place
@@ -91,6 +95,30 @@ class FeatureCache:
         files = {path: load_file(path)["rows"] for path in {self._place[k][0] for k in keys}}
         return torch.stack([files[path][row] for path, row in map(self._place.__getitem__, keys)])
 
+    def rows(self, keys: Sequence[str]) -> Tensor:
+        """The same, reading these rows alone; for caches larger than memory."""
+        from safetensors import safe_open
+
+        places = [self._place[key] for key in keys]
+        found: dict[tuple[Path, int], Tensor] = {}
+        for path in dict.fromkeys(path for path, _ in places):
+            with safe_open(path, framework="pt") as file:
+                part = file.get_slice("rows")
+                found |= {(p, r): part[r : r + 1] for p, r in places if p == path}
+        return torch.cat([found[place] for place in places])
+
+
+def _keys_in(path: Path) -> list[str]:
+    """The keys of a file's rows."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        keys: list[str] = json.loads(file.metadata()["keys"])
+        rows = file.get_slice("rows").get_shape()[0]
+    if rows != len(keys):
+        raise ValueError(f"{rows} rows for {len(keys)} keys")
+    return keys
+
 
 def _key(*parts: str) -> str:
     return hashlib.sha256("\x1f".join(parts).encode()).hexdigest()
@@ -102,8 +130,12 @@ def fill(
     compute: Callable[[list[T]], Tensor],
     batch_size: int,
     label: str,
+    shard: int = SHARD,
 ) -> int:
-    """Compute what is missing, in batches, with a progress bar; returns how many rows that were."""
+    """Compute what is missing, in batches, with a progress bar; returns how many rows that were.
+
+    ``shard`` rows make a file.
+    """
     missing = [key for key in wanted if key not in cache]
     keys: list[str] = []
     rows: list[Tensor] = []
@@ -112,7 +144,7 @@ def fill(
             batch = missing[at : at + batch_size]
             rows.append(compute([wanted[key] for key in batch]).float().cpu())
             keys += batch
-            if len(keys) >= SHARD or at + len(batch) == len(missing):
+            if len(keys) >= shard or at + len(batch) == len(missing):
                 cache.add(keys, torch.cat(rows))
                 keys, rows = [], []
             advance(len(batch))

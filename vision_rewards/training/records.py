@@ -13,7 +13,8 @@ optional; other keys are left alone unless they look like a misspelt one):
   showings; they become pairs of the same prompt (see :func:`pairs_of_counts`).
 
 Lines of ``mmalign label`` carry ``"decision"``: of those that share it the last one counts, and
-what was skipped or taken back is left out (:mod:`vision_rewards.labelling.decisions`).
+what was skipped or taken back is left out (:mod:`vision_rewards.labelling.decisions`). Parquet,
+folders and the columns of Pick-a-Pic are read too, see :mod:`vision_rewards.training.layouts`.
 """
 
 from __future__ import annotations
@@ -25,8 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmalign.runtime.log import read_jsonl
-from vision_rewards.labelling.decisions import standing
+from vision_rewards.training.layouts import LayoutError, read_rows, root_of
 
 
 class RecordError(ValueError):
@@ -74,32 +74,45 @@ _SIGNS = {
 
 
 def read_records(path: str | Path, image_root: str | Path | None = None) -> Dataset:
-    """Read a label file; images are looked for under ``image_root`` (default: beside the file).
+    """Read a label file or folder; images are looked for under ``image_root`` (default: beside it).
 
     Raises:
         RecordError: no such file, an empty one, a line that is no judgement, two kinds of lines in
             one file, or images that do not exist.
     """
     path = Path(path)
-    if not path.is_file():
-        raise RecordError(f"label file {path} does not exist")
-    rows = read_jsonl(path)
-    if not rows:
-        raise RecordError(f"label file {path} is empty; write one judgement a line")
-    root = Path(image_root) if image_root is not None else path.parent
-    kind = kind_of(rows[0], f"{path}, line 1")
-    samples = []
-    for number, row in standing(rows):
-        place = f"{path}, line {number}"
-        if kind_of(row, place) != kind:
-            raise RecordError(f"{place}: {kind_of(row, place)} in a file of {kind}; split the file")
-        samples.append(_sample(kind, row, root, place))
-    if not samples:
-        raise RecordError(f"label file {path}: every decision in it was skipped or taken back")
+    rows = located_rows(path)
+    root = Path(image_root) if image_root is not None else root_of(path)
+    kind = kind_of(rows[0][1], rows[0][0])
+    samples = [read_row(kind, row, root, place) for place, row in rows]
     _refuse_missing_files(samples, path)
     if kind == "counts":
         return Dataset("pairs", pairs_of_counts(samples))
     return Dataset(kind, tuple(samples))
+
+
+def located_rows(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The judgements of a label file or folder as rows, with the place of each.
+
+    Raises:
+        RecordError: there is no judgement in it.
+    """
+    try:
+        rows, silent = read_rows(path)
+    except LayoutError as error:
+        raise RecordError(str(error)) from error
+    if not rows:
+        raise RecordError(
+            f"label file {path}: every decision in it was skipped or taken back ({silent} lines)"
+        )
+    return rows
+
+
+def read_row(kind: str, row: Mapping[str, Any], root: Path, place: str) -> Sample:
+    """One row of a file of ``kind``. Raises :class:`RecordError`."""
+    if kind_of(row, place) != kind:
+        raise RecordError(f"{place}: {kind_of(row, place)} in a file of {kind}; split the file")
+    return _sample(kind, row, root, place)
 
 
 def kind_of(row: Mapping[str, Any], place: str) -> str:
