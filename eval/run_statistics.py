@@ -108,10 +108,7 @@ def interval_of(
     ]
     widen = stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2)
     drawn = mean + widen * seeds + _own_share(prompts.var(), alone) * prompts
-    if not np.isfinite(drawn).all():
-        return Interval(mean, math.nan, math.nan, *sizes, "none", level)
-    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).clip(*bounds)
-    return Interval(mean, min(float(low), mean), max(float(high), mean), *sizes, "prompt", level)
+    return _between(mean, drawn, sizes, level, bounds)
 
 
 def interval_over_prompts(
@@ -145,6 +142,17 @@ def interval_over_prompts(
     weights = every.draw(samples, np.random.default_rng(seed))
     drawn = statistic(*[every.cells(r, weights) for r in folded])
     sizes = (sum(r.shape[2] for r in folded), len(set(pictures.prompts)))
+    return _between(mean, drawn, sizes, level, bounds)
+
+
+def _between(
+    mean: float,
+    drawn: np.ndarray,
+    sizes: tuple[int, int],
+    level: float,
+    bounds: tuple[float, float],
+) -> Interval:
+    """The interval that the middle ``level`` of the draws spans; undefined where one is."""
     if not np.isfinite(drawn).all():
         return Interval(mean, math.nan, math.nan, *sizes, "none", level)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2]).clip(*bounds)

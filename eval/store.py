@@ -23,7 +23,7 @@ from PIL.Image import Image
 from eval.result import Row
 from eval.workers import Workers
 from mmalign.protocols import Request
-from mmalign.runtime.files import atomic_write_bytes
+from mmalign.runtime.files import atomic_write_bytes, digest_of
 from mmalign.runtime.settings import SettingsMismatchError, agree
 
 _SAFE_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # a key becomes a file name
@@ -225,7 +225,7 @@ class Store:
 
 def _digest(path: Path) -> str | None:
     """SHA-256 of a file; ``None`` where there is none."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    return digest_of(path) if path.is_file() else None
 
 
 def check_keys(requests: Sequence[Request]) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import time
 from collections.abc import Collection
 from pathlib import Path
 
-from mmalign.runtime.files import make_directory, storage_errors
+from mmalign.runtime.files import digest_of, make_directory, storage_errors
 from mmalign.runtime.log import say
-
-CHUNK = 1 << 20
 
 
 class DownloadError(OSError):
@@ -80,15 +77,6 @@ def fetch(
     found = _verified(part, path, url, sha256, accept)
     os.replace(part, path)
     return found
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
-    found = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(CHUNK):
-            found.update(block)
-    return found.hexdigest()
 
 
 class _BrokenError(Exception):

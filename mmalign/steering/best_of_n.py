@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mmalign.protocols import Policy, RewardModel, Steered
 from mmalign.runtime.progress import track
+from mmalign.steering.common import Sampling
 from mmalign.steering.engine import Engine, Watch, scored
 from mmalign.types import Media, Score
 
 
 @dataclass(frozen=True, kw_only=True)
-class BestOfN:
+class BestOfN(Sampling):
     """Sample ``n`` candidates a prompt and keep the best scored one.
 
     Candidate ``i`` of a prompt has a noise seed made of ``seed``, the prompt and ``i`` alone.
@@ -29,28 +30,18 @@ class BestOfN:
 
     Args:
         n: candidates a prompt; a budget may allow fewer.
-        seed: another seed gives other candidates.
-        batch_size: pictures generated and scored at once, across prompts; changes no candidate.
-        steps, guidance_scale: ``None`` takes the policy's recommended sampler.
-        dtype: autocast precision (``fp32``, ``bf16``, ``fp16``, ``auto``); ``None`` leaves the
-            weights' own.
+        seed, batch_size, steps, guidance_scale, dtype: as in :class:`Sampling`.
 
     Raises:
         ValueError: ``n``, ``batch_size`` or ``steps`` below 1.
     """
 
+    method: ClassVar[str] = "best_of_n"
+
     n: int = 8
-    seed: int = 0
-    batch_size: int = 32
-    steps: int | None = None
-    guidance_scale: float | None = None
-    dtype: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("n", "batch_size", "steps"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"best_of_n: {name} must be a whole number from 1, got {value!r}")
+        self.check(n=1)
 
     @torch.no_grad()
     def run(
@@ -73,11 +64,7 @@ class BestOfN:
                 cannot judge this policy's media (all before the denoiser is first called); or a
                 prompt none of whose candidates could be scored. BudgetError: too small for one.
         """
-        engine = Engine(
-            policy, reward, prompts, method="best_of_n", budget=budget, watch=watch,
-            steps=self.steps, guidance_scale=self.guidance_scale, dtype=self.dtype,
-            batch_size=self.batch_size,
-        )  # fmt: skip
+        engine = self.engine(policy, reward, prompts, budget, watch)
         cost = {"nfe": engine.steps * engine.evaluations, "reward_calls": 1, "decodes": 1}
         n = engine.afford(self.n, "candidate", **cost)
         # Candidate by candidate over all prompts, so that a time limit leaves every prompt some.

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mmalign.runtime.files import atomic_path, atomic_write_bytes, make_directory
+from mmalign.runtime.files import atomic_path, atomic_write_bytes, digest_of, make_directory
 from mmalign.runtime.log import JsonlLog, read_jsonl
 from mmalign.runtime.settings import SettingsMismatchError, agree
 from mmalign.types import Media
@@ -114,8 +114,7 @@ class SteeringFolder:
         pairs = (("file", "sha256"), ("unsteered_file", "unsteered_sha256"))
         return all(
             (self.folder / record[name]).is_file()
-            and hashlib.sha256((self.folder / record[name]).read_bytes()).hexdigest()
-            == record[digest]
+            and digest_of(self.folder / record[name]) == record[digest]
             for name, digest in pairs
         )
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import socket
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 
 from mmalign.runtime.extras import optional
+from mmalign.runtime.listening import listen, run_until_signal
 from mmalign.studio.jobs import Studio
 
-LOOPBACK = {"127.0.0.1": socket.AF_INET, "localhost": socket.AF_INET, "::1": socket.AF_INET6}
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PORT = 8124
 
 
@@ -45,23 +42,11 @@ def serve(
     config = uvicorn.Config(
         create_app(studio), log_level="warning", access_log=False, timeout_graceful_shutdown=2
     )
-    with _listening(host, port) as listener:
-        if started is not None:
-            shown = f"[{host}]" if ":" in host else host
-            started(f"http://{shown}:{listener.getsockname()[1]}")
-        _run(uvicorn.Server(config).run, listener)
-
-
-def _run(run: Callable[..., None], listener: socket.socket) -> None:
-    """Run to the end; the signal that ended it was obeyed, so it does not end the process too."""
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, lambda *_: None) if main else None
-    try:
-        with suppress(KeyboardInterrupt):  # raised again by uvicorn after its orderly end
-            run(sockets=[listener])
-    finally:
-        if main:
-            signal.signal(signal.SIGTERM, before)
+    listener = listen(host, port)
+    if started is not None:
+        shown = f"[{host}]" if ":" in host else host
+        started(f"http://{shown}:{listener.getsockname()[1]}")
+    run_until_signal(uvicorn.Server(config).run, listener)
 
 
 def check_host(host: str, port: int = PORT) -> None:
@@ -76,15 +61,3 @@ def check_host(host: str, port: int = PORT) -> None:
             f"({', '.join(LOOPBACK)}), not on {host!r}. From another machine: "
             f"ssh -L {port}:127.0.0.1:{port} THIS_MACHINE, then open http://127.0.0.1:{port} there"
         )
-
-
-def _listening(host: str, port: int) -> socket.socket:
-    listener = socket.socket(LOOPBACK[host], socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(32)
-    except OSError as error:
-        listener.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return listener

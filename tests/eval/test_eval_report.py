@@ -7,9 +7,9 @@ import re
 import shutil
 import subprocess
 from dataclasses import replace
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 from PIL import Image
 
 from eval.benchmarks.shapes import ShapesBenchmark
@@ -25,32 +25,6 @@ from eval.run_folder import read_run
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 EVIL = "<script>alert('x')</script> & \"quotes\""
-VOID = {"img", "meta", "br"}
-
-
-class Page(HTMLParser):
-    """Every attribute and heading of a page; complains about tags that do not close."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.attributes: list[tuple[str, str, str]] = []
-        self.tags: list[str] = []
-        self.open: list[str] = []
-        self.feed(text)
-        assert not self.open, f"left open: {self.open}"
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, k, v or "") for k, v in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, k, v or "") for k, v in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def _evaluate(studio, folder, skill, label, noisy=0.0, prompts=10):

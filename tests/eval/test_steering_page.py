@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from html.parser import HTMLParser
 
 import pytest
+from html_page import Page
 from PIL import Image
 
 from eval.family_tree import draw, family_tree
@@ -16,7 +16,6 @@ from eval.steering_page import differences, steering_report
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), None)
 EVIL = "<script>alert('x')</script> & \"quotes\""
-VOID = {"img", "meta", "br"}
 
 
 def candidates(*scores, **more):
@@ -160,29 +159,6 @@ def run(tmp_path):
     }  # fmt: skip
     (tmp_path / "steer.json").write_text(json.dumps(summary))
     return tmp_path, lines
-
-
-class Page(HTMLParser):
-    """Attributes of a page; complains about tags that do not close."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.attributes, self.tags, self.open = [], [], []
-        self.feed(text)
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, k, v or "") for k, v in attrs]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += [(tag, k, v or "") for k, v in attrs]
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def test_the_page_is_whole_safe_and_self_contained(run):

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
+from mmalign.runtime.listening import listen
 from vision_rewards.labelling.decisions import LabelFile
 from vision_rewards.labelling.gallery import Gallery
 from vision_rewards.labelling.server import Access
 from vision_rewards.labelling.session import Session
 from vision_rewards.labelling.tasks import Pair
-from vision_rewards.serving.server import listen
 
 TOKEN = "a-token-of-the-tests"
 

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
+from mmalign.runtime.listening import listen, run_until_signal
 from vision_rewards.labelling.gallery import Gallery
 from vision_rewards.labelling.session import Session
 from vision_rewards.serving.safety import ServerSettingsError, is_loopback
-from vision_rewards.serving.server import listen, run_until_signal
 
 SHORTEST_TOKEN = 8
 _ANY = ("0.0.0.0", "::")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.config import ConfigError
+from mmalign.runtime.files import digest_of
 from mmalign.types import Media
 from vision_rewards.training.config import BackboneConfig
 
@@ -292,4 +293,4 @@ def load_adapter(network: nn.Module, folder: str | Path) -> str:
 def adapter_digest(folder: str | Path) -> str:
     """A short SHA-256 of the adapter's file."""
     path = Path(folder) / "adapter_model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    return digest_of(path)[:8]

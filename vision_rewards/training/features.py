@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mmalign.pictures import read_picture
-from mmalign.runtime.files import atomic_path
+from mmalign.runtime.files import atomic_path, digest_of
 from mmalign.runtime.log import say
 from mmalign.runtime.progress import track
 from mmalign.types import Media
@@ -42,11 +42,8 @@ def picture_digests(datasets: Iterable[Dataset]) -> dict[Path, str]:
     samples = (s for dataset in datasets for s in dataset.samples)
     paths = list(dict.fromkeys(image for s in samples for image in s.images))
 
-    def digest(path: Path) -> str:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
-
     with ThreadPoolExecutor(8) as pool:
-        return dict(zip(paths, pool.map(digest, paths), strict=True))
+        return dict(zip(paths, pool.map(digest_of, paths), strict=True))
 
 
 # --- the cache --------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ told to drop them, and then says how many and which.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mmalign.pictures import DECODERS, PictureError, read_picture
-from mmalign.runtime.files import atomic_write_json
+from mmalign.runtime.files import atomic_write_json, digest_of
 from mmalign.runtime.log import say
 from mmalign.runtime.progress import track
 from vision_rewards.training.layouts import root_of
@@ -237,7 +236,7 @@ def _read(file: Path) -> Picture | str:
         image = read_picture(file)
     except PictureError as error:
         return str(error)
-    return Picture(*image.size, hashlib.sha256(file.read_bytes()).hexdigest())
+    return Picture(*image.size, digest_of(file))
 
 
 def _known(pictures: Mapping[Path, Picture | str], image: Path) -> Picture:

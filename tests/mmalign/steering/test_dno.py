@@ -9,6 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 from gaussian_bed import ExactKernel, GaussianPolicy, quadratic
+from redness import redness
 
 from mmalign.policies.load import load_policy
 from mmalign.protocols import Steerer
@@ -21,16 +22,6 @@ from vision_rewards.function import FunctionReward
 
 PROMPTS = ["a photo of a red star", "a photo of two circles"]
 FLAT = 4 * math.log(2)
-
-
-def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Mean red, less the other colours."""
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-
-
-@pytest.fixture
-def reward():
-    return FunctionReward(redness, takes="tensor", differentiable=True)
 
 
 def method(**options) -> Dno:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from redness import redness
 
 from mmalign.policies.flux import FluxPolicy
 from mmalign.policies.sd import SDPolicy
@@ -19,11 +20,6 @@ METHODS = {
     "das": {"k": 2, "strength": 50.0},
     "reward_guidance": {"strength": 0.5},
 }
-
-
-def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Mean red, less the other colours."""
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 
 def make(family: str):

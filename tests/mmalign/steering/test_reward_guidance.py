@@ -9,6 +9,7 @@ import pytest
 import torch
 from gaussian_bed import GaussianPolicy, linear, quadratic
 from hard_prompts import HARD
+from redness import redness
 
 from mmalign.policies.load import load_policy
 from mmalign.protocols import Steerer
@@ -22,16 +23,6 @@ from vision_rewards.function import FunctionReward
 
 PROMPTS = ["a photo of a red star", "a photo of two circles"]
 KINDS = ("flow", "epsilon", "v")
-
-
-def redness(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
-    """Mean red, less the other colours."""
-    return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
-
-
-@pytest.fixture
-def reward():
-    return FunctionReward(redness, takes="tensor", differentiable=True)
 
 
 def method(**options) -> RewardGuidance:

@@ -22,9 +22,9 @@ uvicorn = pytest.importorskip("uvicorn")
 @contextmanager
 def running(reward, **settings) -> Iterator[SimpleNamespace]:
     """A server on a thread: ``url``, ``service``."""
+    from mmalign.runtime.listening import listen
     from vision_rewards.serving.app import create_app
     from vision_rewards.serving.safety import ServerSettings
-    from vision_rewards.serving.server import listen
 
     app = create_app(reward, ServerSettings(**settings))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", access_log=False))

@@ -192,7 +192,7 @@ def test_a_lost_server_passes_every_guard(kit):
 
 
 def test_a_server_that_returns_in_time_is_waited_for(kit, capfd):
-    from vision_rewards.serving.server import listen
+    from mmalign.runtime.listening import listen
 
     with kit.running(kit.contrast) as server:
         remote = RemoteReward(server.url, wait=20)
