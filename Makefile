@@ -23,8 +23,9 @@ $(STAMP): pyproject.toml
 quickstart: venv
 	$(VENV)/bin/mmalign train trainers/recipes/shapes_flow_grpo.yaml
 
+# A worker for each core, one thread each; a file stays with one worker.
 test: venv
-	$(VENV)/bin/python -m pytest
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto --dist loadfile
 
 lint: venv
 	$(VENV)/bin/ruff check .

@@ -79,10 +79,11 @@ def bench_evaluation(
 
 
 @dataclass
-class _Timed:
-    """The sampler, and the time spent in it."""
+class Timed:
+    """The sampler, the time spent in it, and the pictures that it made."""
 
     seconds: float = field(default=0.0)
+    pictures: int = field(default=0)
 
     def __call__(
         self, policy: Policy, prompts: Sequence[str], seeds: Sequence[int], **options: Any
@@ -91,6 +92,7 @@ class _Timed:
         media, nfe = generate(policy, prompts, seeds, **options)
         media = Media(media.data.cpu())  # a GPU has finished only when its pictures are here
         self.seconds += time.perf_counter() - start
+        self.pictures += len(prompts)
         return media, nfe
 
 
@@ -98,7 +100,7 @@ def _once(
     policy: Policy, benchmark: Any, images: int, dials: dict[str, Any]
 ) -> tuple[float, float]:
     """Pictures a second, and the share of the time spent generating."""
-    timed = _Timed()
+    timed = Timed()
     with TemporaryDirectory() as folder:
         start = time.perf_counter()
         result = run_benchmark(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval.assembly import assembly_line
+from eval.clips import wanted_kind
 from eval.judging import judge_batch, unscored
 from eval.layouts import Cell
 from eval.making import Existing, Made, Source
@@ -50,7 +51,7 @@ class Run:
         lacking = [r for r in todo if r.key not in made and r.key not in settled]
         with away or nullcontext():
             files = {k: self._cell(s.row) for k, s in made.items()}
-            fresh += self._line(waiting, Existing(files))
+            fresh += self._line(waiting, Existing(files, wanted_kind(self.benchmark)))
             fresh += self._line(lacking, self.source)
         every = done | {s.row.key: s for s in self.store.join(fresh)}
         return [every[r.key] for r in requests]

@@ -10,6 +10,8 @@ from eval.benchmarks.load import load_benchmark
 from eval.harness import CPU_PIN, judge_folder, run_benchmark
 from eval.layouts import LayoutError, layout_of
 from eval.result import EvalResult
+from eval.sets import check_kept
+from eval.timing import refuse_pictures
 from eval.workers import join
 from mmalign.policies.load import policy_on
 from mmalign.runtime.device import pick_dtype
@@ -52,6 +54,11 @@ def evaluate(
     """
     _check(policy, images, shared.get("out"), table, export)
     asked = load_benchmark(benchmark, **(benchmark_options or {}))
+    limit = shared.get("limit")
+    pictures = {"images": images, "limit": limit, "pin": pin, "swap": swap, "export": export}
+    refuse_pictures(asked, pictures)
+    if images is None:
+        check_kept(asked, shared.get("out") is not None)
     workers = join(device)
     shared["workers"] = workers
     if images is not None:

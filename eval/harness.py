@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 
+from eval.clips import check_kind, wanted_kind
 from eval.completion import Run
 from eval.judging import unscored
-from eval.layouts import Found, layout_of
+from eval.layouts import Found, LayoutError, layout_of
 from eval.making import Existing, Generate, Generated
 from eval.provenance import denoiser_digest, judging, provenance, versions, weights_dtype
 from eval.result import EvalResult, Row, summarise
+from eval.sets import check_kept, kept_cells, with_set
 from eval.store import Sample, SettingsMismatchError, Store, check_keys
+from eval.timing import measures_policies, time_policy
 from eval.trust import GapError, refuse_gaps, repeated, training_facts
 from eval.workers import Workers
 from mmalign.protocols import Benchmark, Policy, Request
@@ -89,6 +92,13 @@ def run_benchmark(
         raise ValueError(f"batch_size must be 1 or more, got {batch_size} (pin: {pin})")
     if swap and (out is None or not save_images):
         raise ValueError("swap judges pictures from their files: give out, and keep the pictures")
+    if measures_policies(benchmark):
+        return time_policy(
+            policy, benchmark, out, steps=steps, guidance_scale=guidance_scale, dtype=dtype,
+            batch_size=batch_size, workers=workers, label=label,
+        )  # fmt: skip
+    check_kind(policy, benchmark)
+    check_kept(benchmark, out is not None and save_images)
     requests = benchmark.requests(limit)
     check_keys(requests)
     dtype = None if dtype == torch.float32 else dtype
@@ -98,7 +108,8 @@ def run_benchmark(
         batch_size = -(-batch_size // pin) * pin
     workers = workers or Workers()
     store = Store(None if out is None else Path(out), settings, save_images, workers=workers)
-    source = Generated(policy, generate or _default_generate(), settings, dtype, pin)
+    sampling = generate or _default_generate()
+    source = Generated(policy, sampling, settings, dtype, pin, wanted_kind(benchmark))
     title = f"{benchmark.name} {label}".strip() if progress and workers.main else None
     run = Run(store, benchmark, source, batch_size, title)
     samples = run.complete(requests, _away(policy) if swap else None)
@@ -110,6 +121,7 @@ def run_benchmark(
         provenance=provenance(policy, benchmark) | {"processes": workers.count},
         available=_available(benchmark, limit, requests),
     )
+    result = with_set(result, benchmark, kept_cells(result.rows, store.folder), workers)
     return _finished(result, store, strict)
 
 
@@ -152,18 +164,26 @@ def judge_folder(
     found = Found({r.key: found.cells[r.key] for r in requests if r.key in found.cells},
                   found.problems)  # fmt: skip
     lacking = [r for r in requests if r.key not in found.cells]
+    if len(lacking) == len(requests):
+        odd = "; ".join(found.problems) or "it holds pictures of other requests"
+        raise LayoutError(
+            f"{folder} holds not one of the {len(requests)} pictures of {benchmark.name} (layout "
+            f"{chosen.name!r}): {odd}. Name the layout that the folder is in (--layout), or the "
+            "data that its prompts are from (--data)"
+        )
     if strict and lacking:
         raise GapError(
             f"{len(lacking)} of {len(requests)} pictures of {benchmark.name} are missing in "
             f"{folder} (layout {chosen.name!r}), the first is {lacking[0].key!r}: "
-            f"{lacking[0].prompt!r}"
+            f"{lacking[0].prompt!r}; make them, name another --layout, or judge what is there "
+            "without --strict"
         )
     settings = _folder_settings(folder, chosen.name, found, benchmark)
     workers = workers or Workers()
     files = {k: c.path for k, c in found.cells.items() if c.part is None}
     store = Store(None if out is None else Path(out), settings, files=files, workers=workers)
     title = f"{benchmark.name} {label}".strip() if progress and workers.main else None
-    run = Run(store, benchmark, Existing(found.cells), batch_size, title)
+    run = Run(store, benchmark, Existing(found.cells, wanted_kind(benchmark)), batch_size, title)
     there = [r for r in requests if r.key in found.cells]
     kept = {s.row.key: s for s in run.complete(there)}
     reason = f"missing in {folder} (layout {chosen.name})"
@@ -178,6 +198,7 @@ def judge_folder(
         problems=(*result.problems, *found.problems),
         available=_available(benchmark, limit, requests),
     )
+    result = with_set(result, benchmark, found.cells, workers)
     return _finished(result, store, strict)
 
 
@@ -261,6 +282,7 @@ def _settings(
         "guidance_scale": sampler.guidance_scale if guidance_scale is None else guidance_scale,
         "height": sampler.height,
         "width": sampler.width,
+        **({"renoise": True} if sampler.renoise else {}),
         "seed_rule": getattr(benchmark, "seed_rule", SEED_RULE),
         "dtype": weights_dtype(policy),
         "autocast": None if dtype is None else str(dtype).removeprefix("torch."),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from PIL.Image import Image
-
+from eval.clips import media_of
 from eval.making import Made
 from eval.result import Row, finite
 from mmalign.protocols import Benchmark, Request
-from mmalign.types import Media, Score
+from mmalign.types import Score
 
 
 def judge_batch(
@@ -23,7 +22,7 @@ def judge_batch(
     Args:
         place: where the picture of a key is kept, relative to the result's folder.
     """
-    whole: dict[tuple[int, int], list[int]] = {}
+    whole: dict[tuple[int, ...], list[int]] = {}
     rows: dict[int, Row] = {}
     for i, (request, one) in enumerate(zip(batch, made, strict=True)):
         if one.image is None or one.reason:
@@ -33,8 +32,8 @@ def judge_batch(
     keep = bool(getattr(benchmark, "keeps_parts", False))
     for places in whole.values():
         asked = [batch[i] for i in places]
-        images = [image for i in places if isinstance(image := made[i].image, Image)]
-        score = benchmark.judge(Media.from_pil(images), asked)
+        images = [image for i in places if (image := made[i].image) is not None]
+        score = benchmark.judge(media_of(images), asked)
         if len(score) != len(asked):
             raise ValueError(f"{benchmark.name} judged {len(score)} of {len(asked)} pictures")
         score = score.to("cpu")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from eval.clips import VIDEOS, encoded_clip
 from mmalign.pictures import PictureError, read_picture
 from mmalign.protocols import Request
 from mmalign.runtime.files import atomic_write_bytes
@@ -172,6 +173,8 @@ def encoded(path: Path, suffix: str) -> bytes:
     """A picture file as ``suffix``: its own bytes where they are in that format already."""
     if path.suffix.lower() == suffix:
         return path.read_bytes()
+    if suffix in VIDEOS:
+        return encoded_clip(path, suffix)
     return picture_bytes(read_picture(path), suffix)
 
 

@@ -251,7 +251,11 @@ _ALL: tuple[Layout, ...] = (
     ),
     PromptLayout(name="t2i_compbench", stem=lambda r: f"{r.task}/samples/{r.prompt}", running=True),
     PromptLayout(
-        name="vbench", stem=lambda r: r.prompt, suffix=".mp4", suffixes=(".mp4",), mark="-"
+        name="vbench",
+        stem=lambda r: r.prompt,
+        suffix=".mp4",
+        suffixes=(".mp4", ".webm", ".gif", ".png"),
+        mark="-",
     ),
 )
 LAYOUTS = {layout.name: layout for layout in _ALL}

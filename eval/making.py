@@ -12,17 +12,18 @@ from typing import Any, Protocol
 import torch
 from PIL.Image import Image
 
+from eval.clips import Clip, pictures_of, read_clip
 from eval.layouts import Cell
 from mmalign.pictures import DECODERS, PictureError
 from mmalign.protocols import Policy, Request
-from mmalign.types import Media
+from mmalign.types import Media, MediaKind
 
 
 @dataclass(frozen=True)
 class Made:
-    """One picture: as 8-bit RGB, or why there is none; possibly the file it is in."""
+    """One picture or video: as 8-bit RGB, or why there is none; possibly the file it is in."""
 
-    image: Image | None
+    image: Image | Clip | None
     reason: str = ""
     file: Path | None = None
 
@@ -64,6 +65,7 @@ class Generated:
     settings: Mapping[str, Any]
     dtype: torch.dtype | None = None
     pin: int | None = None
+    kind: MediaKind = "image"
 
     @torch.no_grad()
     def __call__(self, batch: Sequence[Request]) -> tuple[list[Made], float]:
@@ -73,7 +75,9 @@ class Generated:
         media = Media.cat([m for m, _ in parts])
         whole = torch.isfinite(media.data).flatten(1).all(1).tolist()
         said = "the picture holds NaN or infinite values"  # 8 bits would make black of them
-        made = [Made(i, "" if ok else said) for i, ok in zip(media.to_pil(), whole, strict=True)]
+        made = [
+            Made(i, "" if ok else said) for i, ok in zip(pictures_of(media), whole, strict=True)
+        ]
         return made, sum(nfe for _, nfe in parts)
 
     def _call(self, batch: Sequence[Request], size: int) -> tuple[Media, float]:
@@ -88,9 +92,9 @@ class Generated:
         )
         if len(media) != len(rows):
             raise ValueError(f"asked for {len(rows)} pictures, generated {len(media)}")
-        if media.kind != "image":
+        if media.kind != self.kind:
             name = self.settings["benchmark"]
-            raise ValueError(f"{name} judges images, the policy made a {media.kind}")
+            raise ValueError(f"{name} judges {self.kind}s, the policy made a {media.kind}")
         # Repeats are rounding's price, not the picture's: a result is the same in any batch size.
         return media[: len(batch)], nfe * len(batch) / len(rows)
 
@@ -100,6 +104,7 @@ class Existing:
     """Pictures that are there already, decoded by a few threads."""
 
     cells: Mapping[str, Cell]
+    kind: MediaKind = "image"
 
     def __call__(self, batch: Sequence[Request]) -> tuple[list[Made], float]:
         """Pictures as they are; what is missing or damaged is a reason."""
@@ -112,6 +117,7 @@ class Existing:
             return Made(None, "missing: there is no such picture")
         file = cell.path if cell.part is None else None  # a cell becomes a file of its own
         try:
-            return Made(cell.open(), file=file)
+            whole = read_clip(cell.path) if self.kind == "video" else cell.open()
+            return Made(whole, file=file)
         except PictureError as error:
             return Made(None, str(error))

@@ -16,6 +16,10 @@ from mmalign.runtime.files import atomic_write_bytes
 FORMAT = 1  # of result.json
 
 
+class ResultError(ValueError):
+    """A ``result.json`` that cannot be read; the message names it, what is wrong and the fix."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Row:
     """One picture. ``value`` and ``partial`` are ``None`` where it could not be scored (or where
@@ -126,7 +130,10 @@ class EvalResult:
 
     @property
     def images_per_second(self) -> float:
-        """Pictures generated and judged each second."""
+        """Pictures generated and judged each second; where that was what was measured, this."""
+        measured = self.numbers.get("images/s")
+        if measured is not None:
+            return measured
         return len(self.rows) / self.seconds if self.seconds > 0 else 0.0
 
     def image_path(self, row: Row) -> Path | None:
@@ -181,8 +188,19 @@ class EvalResult:
 
     @staticmethod
     def load(path: Path) -> EvalResult:
-        """Read ``result.json``; pictures are looked for beside it."""
-        return EvalResult.from_json(path.read_text(encoding="utf-8"), path.parent)
+        """Read ``result.json``; pictures are looked for beside it.
+
+        Raises:
+            ResultError: it is no whole result of this version; names the file and what is wrong.
+        """
+        try:
+            return EvalResult.from_json(path.read_text(encoding="utf-8"), path.parent)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            said = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+            raise ResultError(
+                f"{path}: {said.rstrip('.')}. It is damaged, edited, or of another version: run "
+                "its evaluation again (finished pictures are kept), or move it away"
+            ) from error
 
 
 def _row(data: Mapping[str, Any], number: int) -> Row:

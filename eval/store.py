@@ -20,6 +20,7 @@ from typing import Any
 
 from PIL.Image import Image
 
+from eval.clips import Clip
 from eval.result import Row
 from eval.workers import Workers
 from mmalign.protocols import Request
@@ -135,7 +136,7 @@ class Store:
     def add(
         self,
         rows: Sequence[Row],
-        images: Sequence[Image | None],
+        images: Sequence[Image | Clip | None],
         seconds: float,
         nfe: float,
         judged: bool = True,
@@ -178,7 +179,7 @@ class Store:
         rank = f"-{self.workers.rank}" if self.workers.count > 1 else ""
         return self.folder / f"samples{rank}.jsonl"
 
-    def _keep(self, row: Row, image: Image | None) -> str | None:
+    def _keep(self, row: Row, image: Image | Clip | None) -> str | None:
         if self.folder is None or row.image is None:
             return None
         path = self.folder / row.image

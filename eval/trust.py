@@ -65,7 +65,7 @@ def cautions(result: EvalResult) -> list[str]:
     if unscored:
         said.append(f"{len(unscored)} pictures are unscored, such as {unscored[0].key}: "
                     f"{unscored[0].note or 'no reason given'}.")  # fmt: skip
-    return [*said, *(f"{p[0].upper()}{p[1:]}." for p in result.problems)]
+    return [*said, *(f"{_sentence(p)}." for p in result.problems)]
 
 
 def refuse_gaps(result: EvalResult) -> None:
@@ -103,6 +103,11 @@ def cautions_of_training(result: EvalResult) -> list[str]:
         said.append(f"Contamination: {facts['seen']} of {facts['prompts']} prompts were trained on "
                     f"({both}).")  # fmt: skip
     return said
+
+
+def _sentence(text: str) -> str:
+    """With a capital, where the first word is one: the name of a file stays what it is."""
+    return text[0].upper() + text[1:] if re.match(r"[a-z]+ ", text) else text
 
 
 def _judges(name: str, benchmark: Benchmark) -> bool:

@@ -101,7 +101,11 @@ def _tails(path: Path) -> list[str]:
 def _caption(row: Mapping[str, Any], source: Path, number: int) -> Caption:
     prompt = row.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise PromptFileError(f"{source}: record {number} has no text in 'prompt'")
+        has = ", ".join(k for k, v in row.items() if isinstance(v, str) and v.strip()) or "nothing"
+        raise PromptFileError(
+            f"{source}: record {number} has no text in 'prompt', it has {has}; name the column of "
+            "the prompts 'prompt'"
+        )
     return prompt.strip(), {k: v for k, v in row.items() if k != "prompt"}
 
 

@@ -134,8 +134,11 @@ def _doctor(parser: Parser) -> None:
 
 
 def _bench_methods(parser: Parser) -> None:
-    text = "compare training or steering methods; without it: measure speed and memory"
-    parser.add_argument("what", nargs="?", choices=["methods", "steering"], help=text)
+    text = (
+        "compare training or steering methods, or a few-step generator with its teacher; without "
+        "it: measure speed and memory"
+    )
+    parser.add_argument("what", nargs="?", choices=["methods", "steering", "few-step"], help=text)
     text = "bench methods, bench steering (also --threads, --out DIR, --json)"
     group = parser.add_argument_group(text)
     group.add_argument("--methods", metavar="A,B,...", help="rows of the table (all)")
@@ -145,6 +148,10 @@ def _bench_methods(parser: Parser) -> None:
     group.add_argument("--tuned", metavar="FOLDER", help=text)
     group.add_argument("--table", metavar="FILE", help="another table than the shipped one")
     group.add_argument("--short", action="store_true", help="a rehearsal of a minute or two")
+    text = "few-step: the generator that --policy was distilled from (shapes-flow)"
+    group.add_argument("--teacher", metavar="NAME_OR_PATH", help=text)
+    text = "few-step: network evaluations a picture (1,2,4,8,16,32)"
+    group.add_argument("--evaluations", metavar="N,N,...", help=text)
     text = "runs side by side (1); 0 runs nothing and writes the page from what is there"
     group.add_argument("--jobs", type=int, help=text)
     group.add_argument("--markdown", metavar="FILE", help="also write the tables into this file")
@@ -179,6 +186,8 @@ def _bench(parser: Parser) -> None:
     parser.add_argument("--evaluate", nargs="?", const="shapes", metavar="BENCHMARK", help=text)
     text = "a row for each of these objectives, or for all of them"
     parser.add_argument("--objectives", metavar="all|A,B,...", help=text)
+    text = "a reward gradient through so many last steps: memory and time"
+    parser.add_argument("--gradient-steps", metavar="1,2,...", help=text)
     parser.add_argument("--threads", type=int, help="CPU threads (torch's choice)")
     parser.add_argument("--out", metavar="FILE", help="also write the JSON here")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")

@@ -17,12 +17,16 @@ Parameterisation = Literal["flow", "epsilon", "v"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
-    """How a policy is sampled by default: what its makers recommend, or its pipeline's defaults."""
+    """How a policy is sampled by default: what its makers recommend, or its pipeline's defaults.
+
+    ``renoise``: each step predicts the picture and noises it afresh, as consistency models want it.
+    """
 
     steps: int = 28
     guidance_scale: float = 4.5
     height: int = 512
     width: int = 512
+    renoise: bool = False
 
 
 @runtime_checkable
@@ -302,7 +306,8 @@ class Benchmark(Protocol):
     reward of the training is marked), ``layout`` (a name in :mod:`eval.layouts`), ``unit``
     (``share`` of right pictures, or ``score``; without it the values tell), ``numbers(rows)`` (what
     its authors report, by name), ``keeps_parts`` (whether that needs the parts of the scores) and
-    ``seed_rule`` (in words).
+    ``seed_rule`` (in words). One that measures pictures as a set has ``measure_set`` (see
+    :mod:`eval.sets`), one that measures the generator itself ``time_policy`` (:mod:`eval.timing`).
     """
 
     name: str

@@ -98,12 +98,14 @@ for _name, _target, _summary in (
     ("cps", "mmalign.sampling.kernels:CpsKernel", "coefficient-preserving step (Flow-CPS)"),
     ("learned", "mmalign.sampling.learned:LearnedKernel", "Euler plus learned noise (ReinFlow)"),
     ("ddim", "mmalign.sampling.ddim:DdimKernel", "DDIM with noise, for diffusion models (DDPO)"),
+    ("consistency", "mmalign.sampling.renoise:ConsistencyKernel", "predict, noise afresh (LCM)"),
 ):
     KERNELS.add(_name, _target, _summary)
 
 POLICIES.add("sd", "mmalign.policies.sd:SDPolicy", "Stable Diffusion 1.x / 2.x class models")
 POLICIES.add("sdxl", "mmalign.policies.sdxl:SDXLPolicy", "Stable Diffusion XL class models")
 POLICIES.add("flux", "mmalign.policies.flux:FluxPolicy", "FLUX.1 class flow models")
+POLICIES.add("wan", "mmalign.policies.wan:WanPolicy", "Wan 2.1 class flow models of videos")
 POLICIES.add("sd3", "mmalign.policies.sd3:SD3Policy", "Stable Diffusion 3 / 3.5 class flow models")
 OBJECTIVES.add("flow_grpo", "trainers.flow_grpo:FlowGrpo", "clipped policy gradient per step")
 for _name, _target, _summary in (
@@ -122,6 +124,7 @@ for _name, _target, _summary in (
     ("d3po", "trainers.d3po:D3po", "DPO on every step of two trajectories of a prompt"),
     ("spo", "trainers.spo:Spo", "DPO on children of the same noisy state"),
     ("prdp", "trainers.prdp:Prdp", "reward differences regressed by log-ratios of trajectories"),
+    ("rubric_po", "trainers.rubric_po:RubricPo", "who beats whom under a rubric, yes or no"),
 ):
     OBJECTIVES.add(_name, _target, _summary)
 for _name, _target, _summary in (
@@ -141,6 +144,18 @@ for _name, _target, _summary in (
     ("ac_flow", "trainers.ac_flow:AcFlow", "exponential weights against a critic of noisy states"),
     ("crd", "trainers.crd:Crd", "centred rewards regressed by the model's own"),
     ("srum", "trainers.srum:Srum", "matching weighted place by place by a judge's regions"),
+    (
+        "lcd",
+        "trainers.few_step.consistency:ConsistencyDistillation",
+        "one step says where the teacher's path ends (consistency distillation)",
+    ),
+    (
+        "rg_lcd",
+        "trainers.few_step.rg_lcd:RewardGuidedConsistency",
+        "consistency distillation with a reward, directly or through a latent proxy",
+    ),
+    ("dmd", "trainers.few_step.dmd:DistributionMatching", "few steps, as likely as the teacher's"),
+    ("r0", "trainers.few_step.r0:R0", "few steps that climb several rewards, kept in bounds"),
 ):
     OBJECTIVES.add(_name, _target, _summary)
 for _name, _target, _summary in (
@@ -150,8 +165,18 @@ for _name, _target, _summary in (
     ("mapo", "mapo:Mapo", "preferences without a reference"),
     ("inpo", "inpo:Inpo", "preferences on latents inverted by the model"),
     ("sail", "sail:Sail", "rounds of own pairs, ranked by the model's implicit reward"),
+    ("rpo", "rpo:Rpo", "a subject's pictures, and a preference for them by the harmonic reward"),
 ):
     OBJECTIVES.add(_name, f"trainers.preferences.{_target}", _summary)
+for _name, _target, _summary in (
+    ("refl", "refl:Refl", "reward gradient at the clean estimate of a late step"),
+    ("draft", "draft:Draft", "reward gradient through the last K steps (DRaFT-K, -LV)"),
+    ("alignprop", "alignprop:AlignProp", "reward gradient through a random number of last steps"),
+    ("drtune", "drtune:DrTune", "reward gradient through a few steps, inputs held constant"),
+    ("surrogate", "surrogate:Surrogate", "the same along a surrogate trajectory, with a bridge"),
+    ("partial", "partial:Partial", "reward gradient through edits of noised pictures"),
+):
+    OBJECTIVES.add(_name, f"trainers.gradient.{_target}", _summary)
 STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")
 for _name, _target, _summary in (
     ("random_search", "mmalign.steering.noise_search:RandomSearch", "rounds of 2, 4, 8 ... noises"),
@@ -180,7 +205,11 @@ for _name, _target, _summary in (
     ("ocr", "prompt_sets:OcrBenchmark", "quoted words have to be readable"),
     ("genai_bench", "prompt_sets:GenAIBenchPrompts", "compositional prompts, by VQAScore"),
     ("wise", "wise:Wise", "world knowledge, by a judge"),
+    ("vbench", "vbench:VBench", "prompts for videos in 16 dimensions, by any reward of videos"),
     ("dreambench", "dreambench:DreamBench", "one subject in new places: DINO, CLIP-I, CLIP-T"),
+    ("fid", "fid:FidBenchmark", "FID, KID, CMMD to a folder of captioned pictures"),
+    ("diversity", "diversity:Diversity", "how different the pictures of one prompt are"),
+    ("efficiency", "efficiency:Efficiency", "pictures a second, latency, memory"),
 ):
     BENCHMARKS.add(_name, f"eval.benchmarks.{_target}", _summary)
 for _name, _target, _summary in (

@@ -73,7 +73,10 @@ def bench_objectives(
 
 
 def _measured(policy: str, config: BenchConfig, name: str) -> dict[str, Any]:
-    forward = process_of(OBJECTIVES.load(name)) == "forward"
+    process = process_of(OBJECTIVES.load(name))
+    if process == "gradient":
+        return {"objective": name, "refused": "it samples in its update; see --gradient-steps"}
+    forward = process == "forward"
     usual = {"objective": {}, "kernel": "ode"} if forward else {"objective": {}}
     try:
         bench = Bench(policy, config, name, usual | _SETTINGS.get(name, {}))

@@ -15,8 +15,9 @@ from trainers.panel_config import PanelConfig
 class PromptConfig:
     """Where training prompts come from.
 
-    ``source`` is ``shapes`` (drawn from the shapes world's training split) or a prompt file;
-    ``tasks`` restricts the shapes world to some task families.
+    ``source`` is ``shapes`` (drawn from the shapes world's training split), ``shapes:NAME`` (those
+    that show one of its subjects) or a prompt file; ``tasks`` restricts ``shapes`` to some task
+    families.
     """
 
     source: str = "shapes"

@@ -17,8 +17,14 @@ from mmalign.prompts import read_prompts
 from mmalign.registry import unknown
 from mmalign.runtime.seeds import stable_seed
 from mmalign.shapes import TASKS, caption, sample_spec
+from mmalign.shapes.subject import SCHEME, subject_prompts
 from trainers.config import PromptConfig, TrainConfig
 from trainers.windows import window_of_step
+
+
+def listed_prompts(source: str, split: str = "train") -> list[str]:
+    """The prompts of a file, or those of one split that show the subject ``shapes:NAME``."""
+    return subject_prompts(source, split) if source.startswith(SCHEME) else read_prompts(source)
 
 
 class PromptSource:
@@ -38,7 +44,7 @@ class PromptSource:
                 if task not in TASKS:
                     raise unknown("shapes task", task, TASKS)
         else:
-            self.lines = read_prompts(config.source)
+            self.lines = listed_prompts(config.source)
 
     def __getitem__(self, position: int) -> str:
         """Prompt number ``position``; a file is reshuffled every time it has been used up."""

@@ -136,15 +136,26 @@ def train(
     _write_run(trainer, folder)
     with track("train", config.steps, trainer.step, enabled=main) as advance:
         trainer.run(lambda t, step: _after_step(t, step, advance, evaluate))
+    kept = _keep_best(trainer)
     if main:
         for place in (folder, trainer.model.export(folder)):
             trainer.record().write(place)
     if evaluate is not None:
         _evaluate(trainer, evaluate, "after")
-    _write_run(trainer, folder, finished=True)
+    _write_run(trainer, folder, finished=True, kept=kept)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.end_training()
     return folder
+
+
+def _keep_best(trainer: Trainer) -> int:
+    """The step whose model is the outcome of the run; evaluated and exported from here on."""
+    if trainer.panel is None or not trainer.panel.best.weights:
+        return trainer.step
+    trainer.model.chosen = trainer.panel.best.weights
+    kept = trainer.panel.best.step
+    say(f"the model of step {kept} of {trainer.step} is kept: panel.best")
+    return kept
 
 
 def _after_step(trainer: Trainer, step: int, advance: Advance, evaluate: Evaluate | None) -> None:
@@ -236,7 +247,9 @@ def _flat_text(config: TrainConfig) -> dict[str, Any]:
     return {k: v if isinstance(v, (int, float, bool, str)) else str(v) for k, v in flat.items()}
 
 
-def _write_run(trainer: Trainer, folder: Path, finished: bool = False) -> None:
+def _write_run(
+    trainer: Trainer, folder: Path, finished: bool = False, kept: int | None = None
+) -> None:
     if not trainer.accelerator.is_main_process:
         return
     config = trainer.config
@@ -249,6 +262,7 @@ def _write_run(trainer: Trainer, folder: Path, finished: bool = False) -> None:
             "finished": finished,
             "stopped": trainer.stopped,
             "steps": trainer.step,
+            "kept_step": kept,
             "seconds": trainer.seconds,
             "nfe": trainer.nfe,
             "images": config.batch * trainer.step,

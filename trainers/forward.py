@@ -22,12 +22,14 @@ from mmalign.runtime.seeds import stable_seed
 from mmalign.sampling import process
 from mmalign.sampling.generate import autocast, evaluations
 from mmalign.types import Rollout
+from trainers.companion import Companion
 from trainers.config import ForwardConfig, RolloutConfig, TrainConfig
 from trainers.model import TrainableModel
 from trainers.objective import ForwardBatch, process_of
+from trainers.probe import Probe
 
 # Settings of the rollout that choose recorded steps, of which a forward objective has none.
-_STEP_SETTINGS = ("train", "fraction", "window", "calibration")
+STEP_SETTINGS = ("train", "fraction", "window", "calibration")
 
 
 def check_process(config: TrainConfig, objective: Any, policy: Policy, kernel: Kernel) -> None:
@@ -39,8 +41,12 @@ def check_process(config: TrainConfig, objective: Any, policy: Policy, kernel: K
     name = f"algorithm {config.algorithm!r}"
     if hasattr(objective, "check_recipe"):
         objective.check_recipe(config)
+    if hasattr(objective, "check_policy"):
+        objective.check_policy(policy)
+    if process_of(objective) == "gradient":
+        return  # see trainers.gradient.start
     if process_of(objective) == "reverse":
-        for key, value in _changed(config.forward, ForwardConfig()):
+        for key, value in changed(config.forward, ForwardConfig()):
             raise ConfigError(
                 f"forward.{key} is {value!r}, but {name} trains on recorded steps and noises "
                 "nothing; remove the section forward"
@@ -52,8 +58,8 @@ def check_process(config: TrainConfig, objective: Any, policy: Policy, kernel: K
                 "for flow models, ddim with eta above 0 for diffusion models"
             )
         return
-    for key, value in _changed(config.rollout, RolloutConfig()):
-        if key.startswith(_STEP_SETTINGS):
+    for key, value in changed(config.rollout, RolloutConfig()):
+        if key.startswith(STEP_SETTINGS):
             raise ConfigError(
                 f"rollout.{key} is {value!r}, but {name} records no steps; remove it (the levels "
                 "trained on are chosen by the section forward)"
@@ -86,7 +92,8 @@ def _check_groups(config: TrainConfig, name: str, balanced: bool) -> None:
         )
 
 
-def _changed(section: Any, default: Any) -> list[tuple[str, Any]]:
+def changed(section: Any, default: Any) -> list[tuple[str, Any]]:
+    """Fields of a section of the recipe that are not as by default, with their values."""
     values = ((f.name, getattr(section, f.name)) for f in fields(section))
     return [(key, value) for key, value in values if value != getattr(default, key)]
 
@@ -110,6 +117,7 @@ class Noising:
         self.config, self.policy, self.model, self.objective = config, policy, model, objective
         self.steps, self.seed, self.dtype = steps, seed, dtype
         self.draws = config.draws
+        self.companion: Companion | None = None
         known = known_levels(policy)
         if config.times == "grid":
             known = policy.sigmas(steps)[:-1].cpu()  # the last is where the picture is, not a time
@@ -211,11 +219,18 @@ class Noising:
             others[name] = velocity.detach()
         batch = ForwardBatch(
             rollout.final, noise, sigma, noised, velocity, advantage, others, pooled, kind,
-            rollout.maps,
+            rollout.maps, self._probe(rollout, index),
         )  # fmt: skip
         scale = self._scale(rollout)
         spent = passes * evaluations(len(rollout), scale, rollout.conditioning)
         return batch, spent + inverting
+
+    def _probe(self, rollout: Rollout, index: int | Tensor) -> Probe:
+        seeds = self._seeds(rollout, torch.as_tensor(index).cpu().expand(len(rollout)))
+        return Probe(
+            self.policy, self.model, rollout.prompts, rollout.conditioning, tuple(seeds),
+            self.dtype, self.companion,
+        )  # fmt: skip
 
     def _scale(self, rollout: Rollout) -> float:
         own = self.config.guidance_scale
@@ -230,8 +245,8 @@ def build_noising(
     config: TrainConfig, policy: Policy, model: TrainableModel, objective: Any,
     dtype: torch.dtype | None,
 ) -> Noising | None:  # fmt: skip
-    """The recipe's :class:`Noising`, or ``None`` for an objective of the reverse process."""
-    if process_of(objective) == "reverse":
+    """The recipe's :class:`Noising`, or ``None`` for an objective of another process."""
+    if process_of(objective) != "forward":
         return None
     steps, seed = config.rollout.steps, config.seed
     return Noising(config.forward, policy, model, objective, steps, seed, dtype)

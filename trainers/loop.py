@@ -20,33 +20,26 @@ from mmalign.sampling import build_kernel, fitted
 from mmalign.sampling.step_sde import StepSdeKernel
 from mmalign.types import Rollout, Score
 from trainers import calibration, checkpoint, credit
-from trainers.advantages import (
-    PromptTracker,
-    combined_advantage,
-    group_advantage,
-    keep_extremes,
-)
+from trainers.advantages import PromptTracker, combined_advantage, group_advantage, keep_extremes
+from trainers.companion import Setting, build_companion
 from trainers.config import TrainConfig
 from trainers.credit import Credit, History
 from trainers.critic import build_critic
-from trainers.data import (
-    check_overlap,
-    minibatches,
-    rows_of_step,
-    share,
-)
+from trainers.data import check_overlap, minibatches, rows_of_step, share
 from trainers.forward import build_noising, check_process
-from trainers.metrics import score_metrics, update_metrics
+from trainers.gradient.start import check_gradient
+from trainers.gradient.step import follow
+from trainers.gradient.update import GradientUpdater, build_updater
+from trainers.metrics import Work, score_metrics, update_metrics
 from trainers.model import TrainableModel
 from trainers.noise import learnable, parameters_of
-from trainers.objective import build_objective
+from trainers.objective import build_objective, keeps_reference
 from trainers.optim import build_optimizer, lr_scale
 from trainers.pairing import check_groups, unit_of
 from trainers.panel import Panel
 from trainers.preferences.source import build_rollouts, check_pair_recipe
 from trainers.rollouts import everywhere_sum, refuse_broken
-from trainers.skips import SkipRule, TrainingError
-from trainers.update import Updater
+from trainers.skips import TrainingError
 from vision_rewards.guard import RewardFailedError
 from vision_rewards.prefetch import Prefetch
 
@@ -85,10 +78,13 @@ class Trainer:
         self.dtype = pick_dtype(config.model.precision, policy.device)
         check_process(config, objective, policy, kernel)
         check_pair_recipe(config, objective)
+        check_gradient(config, objective, policy, reward)
         self.model = TrainableModel(
-            policy, config.model, "reference" in objective.needs, parameters_of(kernel)
+            policy, config.model, keeps_reference(objective), parameters_of(kernel)
         )
         self.model.keep_copies(getattr(objective, "copies", {}))
+        if hasattr(objective, "student"):
+            self.model.recommend(objective.student(config))
         extra_lr = getattr(objective, "noise_lr", config.optim.lr)
         self.optimizer = build_optimizer(self.model, config.optim, extra_lr)
         # Refuse what cannot be combined so, before any work.
@@ -100,16 +96,19 @@ class Trainer:
             config, policy, reward, accelerator, self.model, objective, kernel, self.dtype
         )
         self.calibrated = False
-        self.update = Updater(
-            policy, self.model, objective, kernel, self.optimizer, accelerator,
-            micro_batch=config.optim.micro_batch, grad_clip=config.optim.grad_clip,
-            dtype=self.dtype, skips=SkipRule(config.optim),
+        self.update = build_updater(
+            config, reward, objective, policy, self.model, kernel, self.optimizer, accelerator,
+            dtype=self.dtype,
             forward=build_noising(config, policy, self.model, objective, self.dtype),
         )  # fmt: skip
         self.panel = None if config.panel is None else Panel(config, self.rollouts, folder)
         self.stopped = ""  # why a rule of the panel or of the objective ended the run
         self.halted = ""  # the latter's alone
         self.critic = build_critic(objective, config, policy, accelerator, self.update.forward)
+        setting = Setting(config, policy, self.model, reward, accelerator, self.dtype)
+        self.companion = build_companion(objective, setting)
+        if self.update.forward is not None:
+            self.update.forward.companion = self.companion
         self.last: dict[str, float] = {}
         self.step = 0
         self.updates = 0
@@ -139,10 +138,14 @@ class Trainer:
             self.history.load_state_dict(state["history"])
         if self.critic is not None:
             self.critic.load_state_dict(state["critic"])
+        if self.companion is not None:
+            self.companion.load_state_dict(state["companion"])
         if state.get("noise"):
             self._use_kernel(StepSdeKernel(**state["noise"]))
         self.update.skips.load_state_dict(state.get("skips", {}))
         self.halted = str(state.get("halted", ""))
+        if self.panel is not None:
+            self.panel.best.load_state_dict(state.get("best", {}))
         self.stopped = self._on_main(lambda panel: panel.restart(self.step)) or self.halted
         return True
 
@@ -161,8 +164,10 @@ class Trainer:
             "history": self.history.state_dict() if self.history else {},
             "skips": self.update.skips.state_dict(),
             "critic": self.critic.state_dict() if self.critic else {},
+            "companion": self.companion.state_dict() if self.companion else {},
             "noise": asdict(self.rollouts.kernel) if self.calibrated else {},
             "halted": self.halted,
+            "best": self.panel.best.state_dict() if self.panel else {},
         }
         folder = self.folder / "checkpoints"
         checkpoint.save(folder, self.step, state, self.config.keep_checkpoints)
@@ -251,6 +256,33 @@ class Trainer:
     def train_step(self) -> dict[str, float]:
         """One rollout and its updates; returns the metrics of the step."""
         start, spent = time.perf_counter(), self.update.nfe
+        if isinstance(self.update, GradientUpdater):
+            work = follow(self.rollouts, self.update, self._updates, self.step)
+        else:
+            work = self._work()
+        self.step += 1
+        self.seconds += work.end - start
+        spent = everywhere_sum(self.accelerator, self.update.nfe - spent)
+        self.step_nfe = work.nfe + spent
+        self.nfe += self.step_nfe
+        updated = update_metrics(work.results, self.accelerator)
+        self._halt(updated)
+        return {
+            **work.metrics,
+            **updated,
+            **self.update.learned,
+            "updates/skipped": self.update.skips.skipped,
+            "lr": self.optimizer.param_groups[0]["lr"] * self._scale(),
+            "seconds": self.seconds,
+            "nfe": self.nfe,
+            "time/rollout": work.sampled - start,
+            "time/reward": work.scored - work.sampled,
+            "time/update": work.end - work.scored,
+            "images": self.config.batch * self.step,
+        }
+
+    def _work(self) -> Work:
+        """Rollout, scores, advantages and updates of a step."""
         with Prefetch(self.reward) if self.config.rollout.overlap else nullcontext() as scorer:
             rollout, nfe = self.rollouts.sample(self.step, scorer)
             refuse_broken(rollout)
@@ -263,28 +295,13 @@ class Trainer:
         scored = time.perf_counter()
         targets, keep = self.update.prepare(advantage, keep, groups, score.valid)
         results = self._updates(rollout, targets, keep, groups)
-        self.step += 1
         end = time.perf_counter()
-        self.seconds += end - start
-        spent = everywhere_sum(self.accelerator, self.update.nfe - spent)
-        self.step_nfe = nfe + completed + spent
-        self.nfe += self.step_nfe
-        updated = update_metrics(results, self.accelerator)
-        self._halt(updated)
-        return {
+        metrics = {
             **({} if self.rollouts.labelled else score_metrics(score, groups, advantage)),
             **evidence.metrics(advantage),
             **self.rollouts.metrics(rollout),
-            **updated,
-            "updates/skipped": self.update.skips.skipped,
-            "lr": self.optimizer.param_groups[0]["lr"] * self._scale(),
-            "seconds": self.seconds,
-            "nfe": self.nfe,
-            "time/rollout": sampled - start,
-            "time/reward": scored - sampled,
-            "time/update": end - scored,
-            "images": self.config.batch * self.step,
         }
+        return Work(results, metrics, nfe + completed, sampled, scored, end)
 
     def _halt(self, metrics: dict[str, float]) -> None:
         """End the run where the objective asks for it, on what all processes see alike."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +14,32 @@ from trainers.advantages import group_statistics, zero_spread_share
 from trainers.update import Totals
 
 
-def score_metrics(score: Score, groups: Tensor, advantage: Tensor) -> dict[str, float]:
-    """Reward mean, deviations and parts over the scored samples of a step."""
+@dataclass(frozen=True)
+class Work:
+    """What a training step did, for the loop's books.
+
+    Attributes:
+        results: totals and gradient norm of each update.
+        metrics: what the step reports beside them.
+        nfe: network evaluations before the updates, over all processes.
+        sampled, scored, end: when samples, their scores and the updates were there.
+    """
+
+    results: list[tuple[Totals, float]]
+    metrics: dict[str, float]
+    nfe: int
+    sampled: float
+    scored: float
+    end: float
+
+
+def score_metrics(
+    score: Score, groups: Tensor, advantage: Tensor | None = None
+) -> dict[str, float]:
+    """Reward mean, deviations and parts over the scored samples of a step.
+
+    ``advantage`` where there is any, whose size and absence are reported too.
+    """
     values = score.value[score.valid]
     metrics = {"reward/valid": float(score.valid.float().mean())}
     if len(values):
@@ -22,12 +47,14 @@ def score_metrics(score: Score, groups: Tensor, advantage: Tensor) -> dict[str, 
         metrics["reward/mean"] = float(values.mean())
         metrics["reward/std"] = float(values.std(unbiased=False))
         metrics["reward/group_std"] = float(spread[score.valid].mean())
-        metrics["advantage/abs_mean"] = float(advantage[score.valid].abs().mean())
+        if advantage is not None:
+            metrics["advantage/abs_mean"] = float(advantage[score.valid].abs().mean())
     for name, part in score.parts.items():
         known = part[torch.isfinite(part)]
         if len(known):
             metrics[f"reward/part/{name}"] = float(known.mean())
-    metrics["zero_spread"] = zero_spread_share(score.value, score.valid, groups)
+    if advantage is not None:
+        metrics["zero_spread"] = zero_spread_share(score.value, score.valid, groups)
     return metrics
 
 

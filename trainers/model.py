@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 
 from mmalign.config import ConfigError
 from mmalign.runtime.device import compile_network, set_attention_backend
-from mmalign.runtime.files import atomic_directory
+from mmalign.runtime.files import atomic_directory, atomic_write_json
+from mmalign.runtime.quiet import quiet
 from trainers.config import ModelConfig
 
 
@@ -60,7 +62,9 @@ class TrainableModel:
         self.copies: dict[str, dict[str, Tensor]] = {}
         self._decays: dict[str, Callable[[int], float]] = {}
         self._equal: set[str] = set()  # copies that hold the current weights
+        self.recommended: dict[str, Any] = {}  # of the sampler, beyond what the policy came with
         self.ema: dict[str, Tensor] = {}
+        self.chosen: dict[str, Tensor] = {}  # weights to evaluate and export in the place of these
         if config.ema_decay > 0:
             self.ema = {n: p.detach().clone() for n, p in self.named_parameters()}
 
@@ -138,16 +142,27 @@ class TrainableModel:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within, the policy uses the moving average of its weights, if one is kept."""
-        if not self.ema:
+        """Within, the policy has the ``chosen`` weights, or their moving average, if there are."""
+        values = self.chosen or self.ema
+        if not values:
             yield
             return
         current = {n: p.detach().clone() for n, p in self.named_parameters()}
-        self._load(self.ema)
+        self._load(values)
         try:
             yield
         finally:
             self._load(current)
+
+    def recommend(self, sampler: Mapping[str, Any]) -> None:
+        """Say how the trained model is to be sampled; an exported pipeline says so too."""
+        self.recommended = dict(sampler)
+        self.policy.sampler = replace(self.policy.sampler, renoise=sampler["renoise"])
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy, on the CPU, of the weights that :meth:`averaged` would use."""
+        values = self.ema or {n: p.detach() for n, p in self.named_parameters()}
+        return {n: v.to("cpu", copy=True) for n, v in values.items()}
 
     def keep_copies(self, decays: Mapping[str, Callable[[int], float]]) -> None:
         """Keep a copy of the trained weights for each name, which follows them by its decay."""
@@ -155,6 +170,34 @@ class TrainableModel:
         for name in decays:
             self.copies[name] = {n: p.detach().clone() for n, p in self.named_parameters()}
         self._compare()
+
+    def displacement(self) -> Tensor:
+        """``|theta - theta_0|^2`` with gradient, a scalar: how far training has moved the network.
+
+        Of LoRA it is the squared norm of what the adapter adds to each weight, from its factors.
+        """
+        if self._frozen is not None:
+            held = dict(self._frozen.named_parameters())
+            return torch.stack(
+                [(p - held[n].float()).square().sum() for n, p in self._own_parameters()]
+            ).sum()
+        parts = []
+        for module in self.network.modules():
+            if "default" not in getattr(module, "lora_A", {}):
+                continue
+            down = module.lora_A["default"].weight.flatten(1)  # type: ignore[union-attr,index]
+            up = module.lora_B["default"].weight.flatten(1)  # type: ignore[union-attr,index]
+            # |B A|^2 = tr(B^T B A A^T): the product itself is never made.
+            size = ((up.T @ up) * (down @ down.T)).sum()
+            parts.append(module.scaling["default"] ** 2 * size)  # type: ignore[union-attr,index]
+        return torch.stack(parts).sum()
+
+    def keep_apart(self, name: str) -> None:
+        """Keep other values for the trained weights that follow nothing: whoever asked trains them.
+
+        They start as the current weights, and are trained within :meth:`version`.
+        """
+        self.copies[name] = {n: p.detach().clone() for n, p in self.named_parameters()}
 
     @torch.no_grad()
     def update_copies(self, updates: int) -> None:
@@ -233,13 +276,13 @@ class TrainableModel:
     def export(self, folder: Path) -> Path:
         """Write what users load: ``lora/`` for ``pipe.load_lora_weights`` or ``pipeline/``.
 
-        The averaged weights are written where an average is kept.
+        The averaged weights are written where an average is kept, the chosen ones before those.
         """
         with self.averaged():
             if self.config.adapter == "lora":
                 return self._export_lora(folder / "lora")
             target = folder / "pipeline"
-            with atomic_directory(target) as partial:
+            with atomic_directory(target) as partial, quiet():
                 self.policy.pipeline.save_pretrained(partial)
                 self._copy_sampler(partial)
             return target
@@ -264,6 +307,9 @@ class TrainableModel:
         source = Path(str(getattr(self.policy.pipeline, "name_or_path", "") or ""))
         if (source / SAMPLER_FILE).is_file():
             (target / SAMPLER_FILE).write_bytes((source / SAMPLER_FILE).read_bytes())
+        if self.recommended:
+            known = getattr(self.policy, "recommended", {})
+            atomic_write_json(target / SAMPLER_FILE, {**known, **self.recommended})
 
 
 def _plain(config: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -13,8 +13,9 @@ from mmalign.protocols import Parameterisation
 from mmalign.registry import OBJECTIVES
 from mmalign.sampling import process
 from mmalign.types import Step
+from trainers.probe import Probe
 
-Process = Literal["reverse", "forward"]
+Process = Literal["reverse", "forward", "gradient"]
 
 # Needs that add no term of their own to the loss: where the advantage is 0, the loss is 0 too.
 NO_LOSS = frozenset({"values", "children", "history", "noise", "old_mean"})
@@ -74,6 +75,7 @@ class ForwardBatch:
             on all processes; ``None`` for objectives without one.
         parameterisation: what predictions are; see :mod:`mmalign.sampling.process`.
         maps: ``(b, 1, h, w)`` weight of each place, for objectives that make maps of regions.
+        probe: predictions at other states, for objectives that distil.
     """
 
     clean: Tensor
@@ -86,6 +88,14 @@ class ForwardBatch:
     pooled: Tensor | None = None
     parameterisation: Parameterisation = "flow"
     maps: Tensor | None = None
+    probe: Probe | None = None
+
+    @property
+    def probing(self) -> Probe:
+        """The probe; an error where the batch was made without one."""
+        if self.probe is None:
+            raise RuntimeError("this batch has no probe: the update's noising makes it")
+        return self.probe
 
     @property
     def target(self) -> Tensor:
@@ -108,11 +118,20 @@ def build_objective(name: str, options: Any) -> Any:
     return from_dict(OBJECTIVES.load(name), options, where="objective")
 
 
+def keeps_reference(objective: Any) -> bool:
+    """Whether the model before training is wanted: in every batch, or whenever it is asked for."""
+    return "reference" in objective.needs or bool(getattr(objective, "keeps_reference", False))
+
+
 def process_of(objective: Any) -> Process:
-    """The objective's ``process``: ``reverse`` (recorded steps) unless it says ``forward``."""
+    """The objective's ``process``: ``reverse`` (recorded steps) unless it says otherwise.
+
+    ``forward`` noises clean latents anew, ``gradient`` follows that of the reward.
+    """
     process: Process = getattr(objective, "process", "reverse")
-    if process not in ("reverse", "forward"):
+    if process not in get_args(Process):
+        allowed = ", ".join(get_args(Process))
         raise ValueError(
-            f"{type(objective).__name__}.process is {process!r}; it must be 'reverse' or 'forward'"
+            f"{type(objective).__name__}.process is {process!r}; it must be one of {allowed}"
         )
     return process

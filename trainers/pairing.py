@@ -23,7 +23,7 @@ from torch import Tensor
 from mmalign.config import ConfigError
 from trainers.config import TrainConfig
 
-Pairing = Literal["extremes", "nested", "neighbours", "sampled"]
+Pairing = Literal["extremes", "nested", "neighbours", "sampled", "given"]
 
 TIE = 1e-6  # scores nearer than this differ by rounding
 
@@ -35,7 +35,8 @@ def matched(
 
     ``extremes`` pairs the best of a group with its worst; ``nested`` the best with the worst, the
     second best with the second worst and so on; ``neighbours`` each with the next in rank;
-    ``sampled`` the first with the second, the third with the fourth and so on as they were sampled.
+    ``sampled`` the first with the second, the third with the fourth and so on as they were sampled;
+    ``given`` does so too, and leaves them in that order, whoever won.
 
     Args:
         scores: ``(b,)``; ``keep``: ``(b,)`` bool, who may be in a pair; ``groups``: ``(b,)``.
@@ -48,14 +49,15 @@ def matched(
         found.append(_couples(rows, rows[scores[rows].argsort(descending=True, stable=True)], kind))
     pairs = torch.cat(found)
     gap = scores[pairs[:, 0]] - scores[pairs[:, 1]]
-    pairs = torch.where((gap < -TIE)[:, None], pairs.flip(1), pairs)
+    if kind != "given":
+        pairs = torch.where((gap < -TIE)[:, None], pairs.flip(1), pairs)
     return pairs if ties else pairs[gap.abs() > TIE]
 
 
 def _couples(rows: Tensor, ranked: Tensor, kind: Pairing) -> Tensor:
     if kind == "neighbours":
         return torch.stack([ranked[:-1], ranked[1:]], 1)
-    if kind == "sampled":
+    if kind in ("sampled", "given"):
         return rows[: len(rows) // 2 * 2].reshape(-1, 2)
     couples = torch.stack([ranked, ranked.flip(0)], 1)[: len(ranked) // 2]
     return couples if kind == "nested" else couples[:1]

@@ -25,6 +25,7 @@ from mmalign.sampling import generate
 from mmalign.types import Media, Score
 from trainers import checkpoint
 from trainers.config import TrainConfig
+from trainers.panel_best import BestLook
 from trainers.panel_distance import Distance
 from trainers.panel_flags import (
     Finding,
@@ -81,6 +82,7 @@ class Panel:
         self.probes, self.sides = probes_of(config)
         self.embed = embedder_of(config)
         self.distance = self._distance() if self.config.distance else None
+        self.best = BestLook(self.config, list(self.judges), rollouts.model)
         self._check_rules()
 
     def _distance(self) -> Distance:
@@ -136,6 +138,7 @@ class Panel:
             )
         if not rows or rows[-1]["step"] != step:
             return ""
+        self.best.look(rows)  # the checkpoint of a step is written before the look after it
         start, now = (_read(row["values"]) for row in (rows[0], rows[-1]))
         return self._reason(self._decide(start, now, float(rows[-1]["alpha"])), step)
 
@@ -170,6 +173,7 @@ class Panel:
         cost = {"nfe": nfe, "seconds": time.perf_counter() - began, "alpha": alpha}
         setup = {} if rows else {"setup": self.setup}
         self._write({"step": step, **summary, **cost}, findings, {"values": _plain(now), **setup})
+        self.best.look(self.rows)
         return self._reason(findings, step)
 
     def _write(
@@ -200,6 +204,7 @@ class Panel:
     def _reason(self, findings: list[Finding], step: int) -> str:
         stopping = {*self.config.stopping.items()}
         raised = [f.words for f in findings if f.raised and (f.rule, f.setting) in stopping]
+        raised += [self.best.tired(self.rows)] if self.best.tired(self.rows) else []
         return f"panel at step {step}: {'; '.join(raised)}" if raised else ""
 
     # -- measurements --------------------------------------------------------------------------

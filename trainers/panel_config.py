@@ -47,6 +47,10 @@ class PanelConfig:
         alpha: chance that a run in which nothing is wrong raises any flag at all.
         flags: rule to bound; see :mod:`trainers.panel_flags`.
         stop_when: rules at which the run stops: names among ``flags``, or rule to bound.
+        best: what the kept model is chosen by: ``reward``, the trained one, or the name of a judge.
+            The model of the look with the highest mean is evaluated and exported at the end in the
+            place of the last. Empty keeps the last.
+        patience: the run stops after so many looks in a row without a higher mean; 0 never.
     """
 
     judges: tuple[str | Mapping[str, Any], ...] = ()
@@ -60,15 +64,22 @@ class PanelConfig:
     alpha: float = 0.05
     flags: Bounds = field(default_factory=_default_flags)
     stop_when: tuple[str, ...] | Bounds = ()
+    best: str = ""
+    patience: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("every", 0), ("prompts", 4), ("samples", 2)):
+        for name, least in (("every", 0), ("prompts", 4), ("samples", 2), ("patience", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"panel.{name} is {getattr(self, name)}; it must be at least {least}"
                 )
         if not 0 < self.alpha < 0.5:
             raise ConfigError(f"panel.alpha is {self.alpha}; it must lie between 0 and 0.5")
+        if self.patience and not self.best:
+            raise ConfigError(
+                f"panel.patience is {self.patience}, but panel.best does not say by what looks are "
+                "compared; set it to reward, or to the name of a judge"
+            )
         _check_bounds("flags", self.flags)
         _check_bounds("stop_when", self.stopping)
         if self.needs_judges and not self.judges:

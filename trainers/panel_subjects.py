@@ -14,8 +14,10 @@ from mmalign.registry import REWARDS
 from mmalign.runtime.log import say
 from mmalign.runtime.seeds import stable_seed
 from mmalign.shapes import TASKS, prompts
+from mmalign.shapes.subject import SCHEME
 from mmalign.types import Media
 from trainers.config import TrainConfig
+from trainers.data import listed_prompts
 from trainers.panel_config import PIXEL_PROBES, SHAPES_PROBES, PanelConfig, Side
 from vision_rewards.compositions.base import Composition
 from vision_rewards.embedding import Embedder, load_embedder
@@ -34,13 +36,15 @@ def panel_prompts(config: TrainConfig) -> list[str]:
         found = list(dict.fromkeys(read_prompts(panel.source)))
     elif config.prompts.source == "shapes":
         found = _validation_prompts(config.prompts.tasks or TASKS, count)
+    elif config.prompts.source.startswith(SCHEME):
+        found = listed_prompts(config.prompts.source, "validation")
     else:
         raise ConfigError(
             f"panel.source is empty, but training prompts come from {config.prompts.source}; give "
             "the panel a file of prompts that are not trained on"
         )
     if config.prompts.source != "shapes":
-        trained = {*read_prompts(config.prompts.source)}
+        trained = {*listed_prompts(config.prompts.source)}
         shared = [p for p in found[:count] if p in trained]
         if shared:
             raise ConfigError(
@@ -135,7 +139,8 @@ def embedder_of(config: TrainConfig) -> Embedder | None:
     """
     name = _section(config).diversity
     if name == "auto":
-        name = "shapes_clip" if config.prompts.source == "shapes" else "off"
+        world = config.prompts.source == "shapes" or config.prompts.source.startswith(SCHEME)
+        name = "shapes_clip" if world else "off"
     if name == "off":
         return None
     if name not in REWARDS:

@@ -17,6 +17,7 @@ from mmalign.sampling.replay import evaluate, recorded
 from mmalign.types import Rollout, Score
 from trainers.advantages import zero_spread_share
 from trainers.config import TrainConfig
+from trainers.gradient.update import GradientUpdater
 from trainers.loop import Trainer
 from trainers.pairs import Pairs
 from trainers.skips import TrainingError
@@ -72,6 +73,8 @@ def preflight(trainer: Trainer, recipe: TrainConfig | None = None) -> Report:
     """
     weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
     try:
+        if isinstance(trainer.update, GradientUpdater):
+            return Report(tuple(_followed(trainer, trainer.update)))
         rollout, _ = trainer.rollouts.sample(0)
         score, groups = trainer.rollouts.score(rollout)
         rollout, score = trainer.rollouts.mapped(rollout, score)
@@ -90,6 +93,17 @@ def preflight(trainer: Trainer, recipe: TrainConfig | None = None) -> Report:
                 parameter.copy_(weights[name])
         trainer.optimizer.zero_grad(set_to_none=True)
     return Report(tuple(checks))
+
+
+def _followed(trainer: Trainer, update: GradientUpdater) -> list[Check]:
+    """The checks of an objective that follows the reward's gradient: one gradient, no step."""
+    rollout, _ = trainer.rollouts.sample(0)
+    gradient = _gradient(trainer, rollout)
+    checks = [gradient, _export(trainer), _memory(trainer)]
+    if update.score is None or update.groups is None:
+        return checks  # the gradient has failed, and says why
+    constant, _ = _spread(update.score, update.groups)
+    return [_scored(update.score), constant, *checks]
 
 
 def _finite(rollout: Rollout) -> Check:

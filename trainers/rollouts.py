@@ -17,6 +17,7 @@ from trainers import credit
 from trainers.config import TrainConfig
 from trainers.credit import everywhere
 from trainers.data import PromptSource, Rows, recorded_steps, rows_of_step
+from trainers.gradient.start import unsampled
 from trainers.model import TrainableModel
 from trainers.objective import process_of
 from trainers.pairing import unit_of
@@ -95,6 +96,8 @@ class Rollouts:
         return rollout, everywhere_sum(self.accelerator, rollout.nfe)
 
     def _collect(self, rows: Rows, plan: Plan) -> Rollout:
+        if process_of(self.objective) == "gradient":
+            return unsampled(self.policy, rows, plan, self.encode, self.version, self.dtype)
         with self.model.version(getattr(self.objective, "sampler", "current")):
             return collect(
                 self.policy, rows.prompts, rows.groups, rows.seeds, plan, self.encode,
@@ -106,7 +109,7 @@ class Rollouts:
         """How the trajectories of ``step`` are sampled."""
         record, noisy = recorded_steps(self.config, step)
         if (
-            process_of(self.objective) == "forward"
+            process_of(self.objective) != "reverse"
         ):  # only the clean latents are wanted, from any kernel
             record, noisy = (), noisy if self.kernel.stochastic else ()
         scale = self.config.rollout.guidance_scale

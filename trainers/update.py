@@ -20,6 +20,7 @@ from mmalign.runtime.log import say
 from mmalign.sampling.generate import evaluations
 from mmalign.sampling.replay import evaluate, recorded
 from mmalign.types import Rollout, Step
+from trainers.companion import sum_gradients
 from trainers.forward import Noising, group_means
 from trainers.model import TrainableModel
 from trainers.objective import NO_LOSS, ForwardBatch, StepBatch
@@ -79,6 +80,7 @@ class Updater:
         self.automatic = micro_batch == 0
         self.micro_batch = micro_batch or 64
         self.nfe = 0
+        self.learned: dict[str, float] = {}  # what a companion said last
         self.paired: bool = getattr(objective, "paired", False)
 
     def __call__(
@@ -99,9 +101,11 @@ class Updater:
         Raises:
             TrainingError: too many updates were skipped; see :mod:`trainers.skips`.
         """
-        cause = ""
+        cause, companion = "", None if self.forward is None else self.forward.companion
         while True:
             self.optimizer.zero_grad(set_to_none=True)
+            if companion is not None:
+                companion.forget()
             try:
                 totals = self._accumulate(rollout, advantages, keep, count)
                 break
@@ -115,6 +119,10 @@ class Updater:
                 torch.cuda.empty_cache()
                 say(f"out of GPU memory: micro-batch is now {self.micro_batch}")
         norm = self._step(cause)
+        if companion is not None and not self.skips.last:
+            before = companion.nfe
+            self.learned = companion.learn()
+            self.nfe += companion.nfe - before
         return totals, norm
 
     def count(self, rollout: Rollout, advantages: Tensor, keep: Tensor, groups: Tensor) -> float:
@@ -210,6 +218,7 @@ class Updater:
             batch, spent = self._noised(rollout, pairs)
             self.nfe += spent
             loss, metrics = self.objective.loss(batch)
+            self.nfe += batch.probing.nfe
             return loss, {**metrics, "loss": loss.detach(), "sigma": batch.sigma[:: pairs.unit]}
         loss, metrics = self.objective.loss(self.replayed(rollout, pairs))
         return loss, {**metrics, "loss": loss.detach()}
@@ -305,20 +314,10 @@ class Updater:
         if cause and parameters[0].grad is not None:
             # What is wrong on one process must be seen on all: it makes their common norm NaN.
             parameters[0].grad.fill_(torch.nan)
-        if self.accelerator.num_processes > 1:
-            self._sum_gradients(parameters)
+        sum_gradients(parameters, self.accelerator)
         limit = self.grad_clip if self.grad_clip > 0 else float("inf")
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if self.skips(norm, cause):
             self.optimizer.step()
             self.model.moved()
         return norm
-
-    def _sum_gradients(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Sum gradients over processes in one transfer."""
-        grads = [p.grad.flatten() for p in parameters if p.grad is not None]
-        flat = self.accelerator.reduce(torch.cat(grads), reduction="sum")
-        at = 0
-        for p in parameters:
-            p.grad = flat[at : at + p.numel()].view_as(p).clone()
-            at += p.numel()

@@ -35,7 +35,8 @@ def checked_call(info: RewardInfo, media: Media, prompts: Sequence[str], context
     """
     name = info.name
     if media.kind not in info.media:
-        hint = "; score its frames" if media.kind == "video" else ""
+        frames = "; score its frames: {compose: frames, parts: [...]}"
+        hint = frames if media.kind == "video" else ""
         raise ValueError(f"{name} takes {', '.join(info.media)}, got a {media.kind}{hint}")
     channels = media.data.shape[-3]
     if channels not in (1, 3):

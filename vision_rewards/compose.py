@@ -9,6 +9,7 @@ from typing import Any
 from mmalign.registry import unknown
 from vision_rewards.compositions.base import Components, Composition
 from vision_rewards.compositions.combine import Ensemble, Gate, Minimum, Separate, WeightedSum
+from vision_rewards.compositions.frames import Frames
 from vision_rewards.compositions.groups import GroupRank, Pareto
 from vision_rewards.compositions.reference import CalibrationError, Reference
 from vision_rewards.compositions.transform import Calibrated, LogSigmoid, Sigmoid
@@ -28,6 +29,7 @@ KINDS: dict[str, type[Composition]] = {
         GroupRank,
         Pareto,
         WinRate,
+        Frames,
     )
 }
 
@@ -61,6 +63,7 @@ __all__ = [
     "Calibrated",
     "Composition",
     "Ensemble",
+    "Frames",
     "Gate",
     "GroupRank",
     "LogSigmoid",

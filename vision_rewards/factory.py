@@ -11,11 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from mmalign.assets import asset
 from mmalign.registry import REWARDS, Entry, unknown
 
 if TYPE_CHECKING:
     from mmalign.protocols import RewardModel
 
+SHIPPED = "shipped:"
 Loadable = Any  # a name, {name: weight}, a RewardModel, a function, or a list of these
 
 
@@ -31,7 +33,7 @@ def load_reward(spec: Loadable) -> RewardModel:
         spec: one of
 
             * a registered name, e.g. ``"shapes_partial"``, and ``"name@checkpoint"`` for other
-              weights than the published ones;
+              weights than the published ones (``shipped:shapes-clip`` is one of the assets);
             * several with weights: ``"pickscore + 0.5*shapes_partial"``;
             * ``"path/to/file.py:name"`` or ``"package.module:name"``: the user's own function,
               reward model, or class of reward models. The file is executed;
@@ -88,10 +90,18 @@ def _from_name(name: Any, options: Mapping[str, Any]) -> RewardModel:
     bare, checkpoint = split_checkpoint(name)
     if bare in REWARDS:
         given = {} if checkpoint is None else {"checkpoint": checkpoint}
-        return _from_object(REWARDS.load(bare), name, RewardModel, {**given, **options})
+        return _from_object(REWARDS.load(bare), name, RewardModel, _shipped({**given, **options}))
     if ":" not in name:
         REWARDS.load(bare)  # raises, with the nearest names
     return _from_object(user_object(name), name, RewardModel, options)
+
+
+def _shipped(options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A checkpoint ``shipped:NAME`` is a folder of the suite's own assets, wherever those are."""
+    checkpoint = options.get("checkpoint")
+    if not isinstance(checkpoint, str) or not checkpoint.startswith(SHIPPED):
+        return options
+    return {**options, "checkpoint": str(asset(checkpoint.removeprefix(SHIPPED)))}
 
 
 def user_object(name: str, kind: str = "reward") -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mmalign.runtime.quiet import quiet
 from mmalign.types import Media
 from vision_rewards.embedding import load_embedder
 from vision_rewards.geneval_prompts import canonical
@@ -52,7 +53,10 @@ class Detector:
         kind = AutoConfig.from_pretrained(source).model_type
         self.masked = kind in MASKED
         load = AutoModelForUniversalSegmentation if self.masked else AutoModelForObjectDetection
-        model, report = load.from_pretrained(source, dtype=torch.float32, output_loading_info=True)
+        with quiet():
+            model, report = load.from_pretrained(
+                source, dtype=torch.float32, output_loading_info=True
+            )
         _check_parameters(model, report, source)
         self.model = model.eval().requires_grad_(False)
         self.processor = AutoImageProcessor.from_pretrained(source)

@@ -74,7 +74,13 @@ class Requirement:
         return Requirement(include, exclude, str(metadata.get("tag", "")))
 
 
+CLAUSE_KEYS = ("class", "count", "color", "position")
+
+
 def _clause(given: Mapping[str, Any], index: int) -> Clause:
+    for key in given:  # a misspelt one would drop a requirement without a word
+        if key not in CLAUSE_KEYS:
+            raise unknown("key of a GenEval clause", str(key), CLAUSE_KEYS)
     name, count, color = given.get("class"), given.get("count", 1), given.get("color")
     if not isinstance(name, str) or not name:
         raise ValueError(f"clause {dict(given)} of a GenEval requirement names no class")

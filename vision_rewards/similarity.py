@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from vision_rewards.base import Context, PixelReward, Reading
 from vision_rewards.cards import info_of
 from vision_rewards.embedding import load_embedder
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp")  # files that a folder of references is searched for
 
 
 class ReferenceSimilarity(PixelReward):
@@ -24,6 +28,8 @@ class ReferenceSimilarity(PixelReward):
 
     Args:
         checkpoint: what :func:`~vision_rewards.embedding.load_embedder` takes, image tower only.
+        references: those of every sample without references of its own, in any form that
+            :func:`reference_pictures` takes; no context is needed then.
         dtype: precision of the tower.
         device: where it lives; ``None`` follows the media.
 
@@ -36,18 +42,23 @@ class ReferenceSimilarity(PixelReward):
         self,
         checkpoint: str | Path | None = None,
         *,
+        references: Any = None,
         dtype: str = "fp32",
         device: str | None = None,
     ) -> None:
         super().__init__(device)
         source = checkpoint or self.info.checkpoint
         self.embedder = load_embedder(source, dtype=dtype, vision_only=True)
+        self.references = None if references is None else reference_pictures(references)
+        if self.references is not None:
+            self.info = replace(self.info, needs=())
 
     @property
     def identity(self) -> str:
-        """Name, weights and preprocessing."""
+        """Name, weights and preprocessing, and the references where they are its own."""
         fingerprint = self.embedder.preprocess.fingerprint
-        return f"{self.info.name}@{self.embedder.image_digest}-{fingerprint}"
+        own = "" if self.references is None else f"-{pictures_digest(self.references)}"
+        return f"{self.info.name}@{self.embedder.image_digest}-{fingerprint}{own}"
 
     def networks(self) -> Sequence[nn.Module]:
         """The image tower."""
@@ -60,7 +71,7 @@ class ReferenceSimilarity(PixelReward):
             TypeError: a reference of a type that is not a picture.
         """
         gallery = _Gallery()
-        rows = [gallery.rows(c["reference"]) for c in context]
+        rows = [gallery.rows(c.get("reference", self.references)) for c in context]
         embedded = self._embed(gallery.pictures, pixels.device)
         found = self.embedder.image(pixels)
         values, best, notes = [], [], []
@@ -82,6 +93,47 @@ class ReferenceSimilarity(PixelReward):
             batch = torch.stack([pictures[k].to(device) for k in rows])
             out[rows] = self.embedder.image(batch)
         return out
+
+
+def reference_pictures(source: Any) -> list[Tensor]:
+    """The pictures ``(3, H, W)`` of a subject.
+
+    Args:
+        source: ``shapes:NAME``, a subject of the shapes world, drawn here; a folder, whose
+            pictures are taken in the order of their names; or a reference, or a list of them, as
+            :class:`ReferenceSimilarity` takes it.
+
+    Raises:
+        FileNotFoundError: no picture there. UnknownNameError: no such subject of the shapes world.
+        OSError, ValueError, TypeError: a reference that is no readable picture.
+    """
+    from mmalign.shapes.subject import SCHEME, subject_pictures
+
+    if isinstance(source, str) and source.startswith(SCHEME):
+        return _pictures_of(subject_pictures(source))
+    if isinstance(source, (str, Path)) and Path(source).is_dir():
+        files = sorted(p for p in Path(source).iterdir() if p.suffix.lower() in PICTURES)
+        if not files:
+            raise FileNotFoundError(
+                f"{source} holds no picture of a subject; put {', '.join(PICTURES)} files there"
+            )
+        return _pictures_of(files)
+    return _pictures_of(source if isinstance(source, (list, tuple)) else [source])
+
+
+def pictures_digest(pictures: Sequence[Tensor]) -> str:
+    """Names the content of some pictures."""
+    found = hashlib.sha256()
+    for picture in pictures:
+        found.update(str(tuple(picture.shape)).encode() + picture.numpy().tobytes())
+    return found.hexdigest()[:16]
+
+
+def _pictures_of(references: Sequence[Any]) -> list[Tensor]:
+    found = [p for one in references for p in _pictures(one)]
+    if not found:
+        raise ValueError("the list of references is empty; give one picture or more")
+    return [p.contiguous().cpu() for p in found]
 
 
 class _Gallery:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.benchmarks.shapes import request_seed
-from eval.benchmarks.sources import cached
+from eval.benchmarks.sources import SOURCES, cached
 from eval.result import Row
 from mmalign.protocols import Request, RewardModel
 from mmalign.registry import unknown
@@ -101,14 +101,7 @@ class PromptBenchmark:
             raise unknown(f"mode of {self.name}", mode, MODES)
         if samples_per_prompt is not None and samples_per_prompt < 1:
             raise ValueError(f"samples_per_prompt must be 1 or more, got {samples_per_prompt}")
-        found = cached(self.name) if data is None else Path(data)
-        if found is None or not found.exists():
-            said = "no data was given" if found is None else f"{found} does not exist"
-            raise DataError(
-                f"{self.name}: {said}; give {self.files} with --data (data=), or fetch it: mmalign "
-                f"data get {self.name}. Official files are not part of this project"
-            )
-        self.data, self.mode = found, mode
+        self.data, self.mode = self.find(data), mode
         self.samples_per_prompt = samples_per_prompt or self.samples
         self._spec = self.reward_spec if reward is None else reward
         self._device = device
@@ -133,6 +126,22 @@ class PromptBenchmark:
 
     # --- what follows ---------------------------------------------------------------------------
 
+    def find(self, data: str | Path | None) -> Path:
+        """The official files: ``data``, or what ``mmalign data get`` has fetched.
+
+        Raises:
+            DataError: there are none.
+        """
+        found = cached(self.name) if data is None else Path(data)
+        if found is None or not found.exists():
+            said = "no data was given" if found is None else f"{found} does not exist"
+            fetch = f", or fetch it: mmalign data get {self.name}" if self.name in SOURCES else ""
+            raise DataError(
+                f"{self.name}: {said}; give {self.files} with --data (data=){fetch}. Official "
+                "files are not part of this project"
+            )
+        return found
+
     def load(self) -> Loaded:
         """Prompts, and what is wrong with rows that are not among them.
 
@@ -154,7 +163,7 @@ class PromptBenchmark:
             if prompt.id in seen:
                 raise DataError(f"{self.name}: the id {prompt.id!r} occurs twice in {self.data}")
             seen.add(prompt.id)
-        return Loaded(tuple(prompts), tuple(problems))
+        return Loaded(tuple(prompts), (*problems, *twice_asked(prompts, self.data)))
 
     @cached_property
     def loaded(self) -> Loaded:
@@ -239,6 +248,20 @@ class PromptBenchmark:
     @cached_property
     def _by_id(self) -> dict[str, Prompt]:
         return {p.id: p for p in self.loaded.prompts}
+
+
+def twice_asked(prompts: Sequence[Prompt], data: Path) -> list[str]:
+    """One sentence about texts that occur more than once within a task; nothing without any."""
+    first: dict[tuple[str, str], str] = {}
+    again: dict[str, str] = {}
+    for prompt in prompts:
+        before = first.setdefault((prompt.task, " ".join(prompt.text.split())), prompt.id)
+        if before != prompt.id:
+            again.setdefault(prompt.text, f"{before} and {prompt.id}")
+    if not again:
+        return []
+    text, where = next(iter(again.items()))
+    return [f"{len(again)} prompts occur more than once in {data.name}, such as {text!r} ({where})"]
 
 
 def in_turn(prompts: Sequence[Prompt]) -> list[Prompt]:

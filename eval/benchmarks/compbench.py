@@ -4,12 +4,13 @@
 | --- | --- |
 | color, shape, texture | B-VQA: product over the prompt's phrases of the probability of yes |
 | spatial, numeracy | objects found by a detector, rules of :mod:`eval.benchmarks.compbench_rules` |
+| 3d_spatial | the same with a depth map, rules of :mod:`eval.benchmarks.compbench_depth` |
 | non_spatial | CLIPScore of ViT-B/32 |
 | complex | 3-in-1: the mean of those of these three that the prompt holds |
 
-The number of a category is the mean over its pictures. The published networks are BLIP-VQA and
-UniDet; others give other numbers. ``3d_spatial`` needs depth, which is not done: its prompts are
-left out. ``fixed`` scores positions by the boxes alone, see the rules.
+The number of a category is the mean over its pictures. The published networks are BLIP-VQA,
+UniDet and DPT-Hybrid; others give other numbers. ``fixed`` scores positions by boxes (and depth)
+alone, see the rules.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eval.benchmarks.base import (
     DataError,
@@ -30,6 +32,13 @@ from eval.benchmarks.base import (
     Rows,
     grouped,
     mean,
+)
+from eval.benchmarks.compbench_depth import (
+    PUBLISHED,
+    DepthEstimator,
+    checked_nearer,
+    depth_request,
+    depth_score,
 )
 from eval.benchmarks.compbench_rules import (
     SIDE,
@@ -51,7 +60,8 @@ from mmalign.types import Media, Score
 from vision_rewards.geneval_models import Detector, Found
 
 ATTRIBUTES = ("color", "shape", "texture")
-CATEGORIES = (*ATTRIBUTES, "spatial", "non_spatial", "complex", "numeracy")
+CATEGORIES = (*ATTRIBUTES, "spatial", "non_spatial", "complex", "3d_spatial", "numeracy")
+OBJECTS = ("spatial", "3d_spatial", "numeracy")
 PARSERS = ("spacy", "split")
 
 
@@ -62,6 +72,10 @@ class T2ICompBench(PromptBenchmark):
         categories: which; ``None`` takes all whose file is there.
         detector: checkpoint of the object detector; ``None`` takes a published Mask2Former on
             COCO. Prompts with things that it does not know are unscored.
+        depth: checkpoint of the depth estimation of ``3d_spatial``; ``None`` takes the published
+            DPT-Hybrid.
+        depth_nearer: what its near places have, ``large`` or ``small`` values; ``None`` goes by the
+            kind of model.
         clip: reward of ``non_spatial``; any that compares picture and text.
         phrases: ``spacy`` or ``split``, see :func:`~eval.benchmarks.compbench_rules.phrases_of`.
         threshold: least confidence of a detection, exclusive.
@@ -83,6 +97,8 @@ class T2ICompBench(PromptBenchmark):
         *,
         categories: Sequence[str] | None = None,
         detector: str | Path | None = None,
+        depth: str | Path | None = None,
+        depth_nearer: str | None = None,
         clip: Any = None,
         phrases: str = "spacy",
         threshold: float = 0.3,
@@ -95,6 +111,7 @@ class T2ICompBench(PromptBenchmark):
             raise unknown("parser of phrases", phrases, PARSERS)
         self.categories, self.phrases, self.threshold = categories, phrases, threshold
         self._detector, self._clip = detector, clip
+        self._depth, self._nearer = depth or PUBLISHED, checked_nearer(depth_nearer)
         super().__init__(data, **common)
 
     def settings(self) -> dict[str, Any]:
@@ -137,6 +154,13 @@ class T2ICompBench(PromptBenchmark):
         return found
 
     @cached_property
+    def depth(self) -> DepthEstimator:
+        """The depth estimation, loaded at the first prompt that needs it."""
+        found = DepthEstimator(self._depth, nearer=self._nearer)
+        found.model.to(pick_device(self._device))
+        return found
+
+    @cached_property
     def clip(self) -> RewardModel:
         """What compares picture and text."""
         from vision_rewards.factory import load_reward
@@ -151,8 +175,10 @@ class T2ICompBench(PromptBenchmark):
         said = []
         if used & {*ATTRIBUTES, "complex"}:
             said.append(self.reward.identity)
-        if used & {"spatial", "numeracy", "complex"}:
+        if used & {*OBJECTS, "complex"}:
             said.append(f"detector-{self.detector.digest}")
+        if "3d_spatial" in used:
+            said.append(f"depth-{self.depth.digest}")
         if used & {"non_spatial", "complex"}:
             said.append(self.clip.identity)
         return ", ".join(said)
@@ -170,7 +196,7 @@ class T2ICompBench(PromptBenchmark):
 
         for part, rows, score in (
             ("attribute", rows_of(*ATTRIBUTES), self._attributes),
-            ("spatial", rows_of("spatial", "numeracy"), self._objects),
+            ("spatial", rows_of(*OBJECTS), self._objects),
             ("action", rows_of("non_spatial"), self._action),
         ):
             found = score(media[rows], [prompts[k] for k in rows]) if rows else []
@@ -200,18 +226,23 @@ class T2ICompBench(PromptBenchmark):
             pixels, (SIDE, SIDE), mode="bilinear", align_corners=False, antialias=True
         ).clamp(0, 1)
         found = self.detector(scaled)
-        return [self._rule(p, one) for p, one in zip(prompts, found, strict=True)]
+        deep = [k for k, p in enumerate(prompts) if p.task == "3d_spatial"]
+        maps = dict(zip(deep, self.depth(scaled[deep]).cpu(), strict=True)) if deep else {}
+        return [self._rule(p, found[k], maps.get(k)) for k, p in enumerate(prompts)]
 
-    def _rule(self, prompt: Prompt, found: Found) -> tuple[float, str]:
-        known = self.detector.classes
+    def _rule(self, prompt: Prompt, found: Found, near: Tensor | None) -> tuple[float, str]:
+        known, compat = self.detector.classes, self.mode == "compat"
         try:
             if prompt.task == "numeracy":
                 return numeracy_score(found, numeracy_request(prompt.text, known)), ""
+            if near is not None:
+                relation, a, b = depth_request(prompt.text, known)
+                return depth_score(relation, found, (a, b), near, compat), ""
             relation, a, b = spatial_request(prompt.text, known)
         except PhraseError as error:
             return math.nan, str(error)
         first, second = (next(iter(found.get(name, ())), None) for name in (a, b))
-        return spatial_score(relation, first, second, compat=self.mode == "compat"), ""
+        return spatial_score(relation, first, second, compat=compat), ""
 
     def _action(self, media: Media, prompts: Sequence[Prompt]) -> list[tuple[float, str]]:
         score = self.scored(self.clip, media, [p.text for p in prompts])

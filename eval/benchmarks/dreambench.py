@@ -26,9 +26,9 @@ from eval.result import Row
 from mmalign.protocols import Request, RewardModel
 from mmalign.registry import unknown
 from mmalign.types import Media, Score
+from vision_rewards.similarity import PICTURES
 
 LIVE = ("cat", "dog")  # classes whose subjects are alive, with prompts of their own
-PICTURES = (".jpg", ".jpeg", ".png")
 REWARDS: dict[str, Any] = {
     "dino": {"reward": "dino_i", "checkpoint": "facebook/dino-vits16"},
     "clip_i": {"reward": "clip_i", "checkpoint": "openai/clip-vit-base-patch32"},

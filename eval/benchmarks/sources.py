@@ -6,6 +6,7 @@ A file with a digest is the one this project's readers were tested on; where the
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from mmalign.registry import unknown
-from mmalign.runtime.download import fetch
+from mmalign.runtime.download import DownloadError, fetch
 from mmalign.runtime.files import atomic_write_json
 
 GITHUB = "https://raw.githubusercontent.com"
@@ -29,6 +30,11 @@ class File:
     url: str
     sha256: str | None = None
 
+    @property
+    def moving(self) -> bool:
+        """Whether the address names a branch, whose file may change, and no commit or release."""
+        return "/main/" in self.url
+
 
 @dataclass(frozen=True)
 class Source:
@@ -40,6 +46,17 @@ class Source:
     page: str
     licence: str
     files: tuple[File, ...] = ()
+
+    @property
+    def checked(self) -> str:
+        """How many of the files can be checked by a digest known in advance, in words."""
+        unknown_ = [f for f in self.files if f.sha256 is None]
+        if not self.files:
+            return "by hand"
+        if not unknown_:
+            return "all"
+        moving = ", may change" if any(f.moving for f in unknown_) else ""
+        return f"{len(self.files) - len(unknown_)} of {len(self.files)}{moving}"
 
 
 _COMPBENCH = f"{GITHUB}/Karine-Huang/T2I-CompBench"
@@ -112,6 +129,17 @@ SOURCES: dict[str, Source] = {
             ),
         ),
     ),
+    "vbench": Source(
+        "https://github.com/Vchitect/VBench",
+        "Apache-2.0",
+        (
+            File(
+                "VBench_full_info.json",
+                f"{GITHUB}/Vchitect/VBench/master/vbench/VBench_full_info.json",
+                "5dd2de80ee43cda750b2b72ea7023657c0b90d3702041c7e4608c65dbe50dccd",
+            ),
+        ),
+    ),
     "hpsv2": Source(
         "https://huggingface.co/datasets/zhwang/HPDv2",
         "see the card",
@@ -133,6 +161,19 @@ SOURCES: dict[str, Source] = {
         tuple(
             File(f"{name}.json", f"{GITHUB}/PKU-YuanGroup/WISE/main/data/{name}.json")
             for name in ("cultural_common_sense", "spatio-temporal_reasoning", "natural_science")
+        ),
+    ),
+    "inception": Source(
+        "https://github.com/toshas/torch-fidelity",
+        "Apache-2.0",
+        (
+            File(
+                "weights-inception-2015-12-05-6726825d.pth",
+                "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+                "weights-inception-2015-12-05-6726825d.pth",
+                # As several projects that use the file tell it; nobody here has fetched it.
+                "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
+            ),
         ),
     ),
     "genai_bench": Source("https://huggingface.co/datasets/BaiqiL/GenAI-Bench", "Apache-2.0"),
@@ -164,6 +205,9 @@ def get(
 ) -> Path:
     """Fetch a benchmark's files and return their folder; what is there already is only checked.
 
+    A file whose digest nobody knew is checked against the digest that was accepted when it was
+    fetched, which ``files.json`` beside it keeps.
+
     Args:
         name: a key of :data:`SOURCES`.
         cache: see :func:`data_root`.
@@ -181,12 +225,28 @@ def get(
     if not source.files:
         raise ValueError(f"{name}: fetch the files by hand from {source.page}, use --data PATH")
     folder = data_root(cache) / name
+    before = _accepted(folder)
+    found: dict[str, str] = {}
     # Those that are sure come first: a question about the others leaves them in place.
-    order = sorted(source.files, key=lambda f: f.sha256 is None)
-    found = {f.name: fetch(_at(f.url, mirror), folder / f.name, f.sha256, accept=accept)
-             for f in order}  # fmt: skip
-    atomic_write_json(folder / COMPLETE, {"page": source.page, "sha256": found})
+    for file in sorted(source.files, key=lambda f: f.sha256 is None):
+        path = folder / file.name
+        wanted = file.sha256 or (before.get(file.name) if path.is_file() else None)
+        found[file.name] = fetch(_at(file.url, mirror), path, wanted, accept=accept)
+    unsure = sorted(f.name for f in source.files if f.sha256 is None)
+    record = {"page": source.page, "sha256": found, "accepted_by_user": unsure}
+    atomic_write_json(folder / COMPLETE, record)
     return folder
+
+
+def _accepted(folder: Path) -> dict[str, str]:
+    """Digests by file that an earlier call kept."""
+    path = folder / COMPLETE
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DownloadError(f"{path} cannot be read ({error}): delete {folder}") from error
 
 
 def _at(url: str, mirror: str | None) -> str:

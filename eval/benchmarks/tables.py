@@ -82,6 +82,11 @@ def table_rows(
         yield f"{path.name}, line {reader.line_num}", row
 
 
+def header_of(path: Path) -> list[str]:
+    """The column names of a CSV file; none where it is empty."""
+    return next(csv.reader(text_of(path).splitlines(keepends=True)), [])
+
+
 def cell(row: dict[str, str], column: str) -> str:
     """A cell that is not empty. Raises :class:`RowError`."""
     value = row.get(column)

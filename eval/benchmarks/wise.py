@@ -26,6 +26,7 @@ from eval.benchmarks.base import (
     Rows,
     grouped,
     mean,
+    with_value,
 )
 from eval.benchmarks.tables import json_of
 from eval.result import Row
@@ -109,10 +110,16 @@ class Wise(PromptBenchmark):
         return {"rubric": RUBRICS[self.variant]}
 
     def judge(self, media: Media, requests: Sequence[Request]) -> Score:
-        """WiScore of each picture, or the verdict; the judge reads the explanation too."""
+        """WiScore of each picture, or the verdict; the judge reads the explanation too.
+
+        Raises:
+            ValueError: the reward does not judge by the rubric it is given.
+        """
         prompts = [self.prompt_of(r.key) for r in requests]
         texts = [f"{p.text}\nExplanation: {p.facts['explanation']}" for p in prompts]
-        return self.scored(self.reward, media, texts, [self.context(p) for p in prompts])
+        score = self.scored(self.reward, media, texts, [self.context(p) for p in prompts])
+        with_value(score, RUBRICS[self.variant].criteria[0].name)  # or it did not read the rubric
+        return score
 
     def numbers(self, rows: Sequence[Row]) -> Numbers:
         """The weighted overall score (``None`` while a domain is missing) and the domains."""

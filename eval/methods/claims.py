@@ -19,12 +19,16 @@ from eval.statistics import Interval
 from mmalign.config import ConfigError, from_dict
 
 Word = Literal["supported", "not supported", "undecided"]
-At = Literal["end", "curve", "equal_nfe", "equal_time", "equal_proxy", "minimum"]
+At = Literal[
+    "end", "curve", "gain", "equal_nfe", "equal_time", "equal_updates", "equal_proxy", "minimum"
+]  # fmt: skip
 HOW: Mapping[At, str] = {
     "end": "at the end of the budget",
     "curve": "mean over the points of the budget",
+    "gain": "gain over the start, at the end of the budget",
     "equal_nfe": "at the most evaluations that both reach",
     "equal_time": "in the most seconds that both reach",
+    "equal_updates": "after the most updates that both make",
     "equal_proxy": "where both have reached the same proxy",
     "minimum": "least gain among the rewards, each in deviations of the base's pictures",
 }
@@ -35,9 +39,11 @@ class Claim:
     """One claim.
 
     ``at``: ``end``; ``curve``, the mean over all points after the start, which is higher for who
-    gets there with fewer evaluations; ``equal_nfe`` and ``equal_time``, at the most evaluations or
-    seconds that both reach, where methods have budgets of their own; ``equal_proxy``, at the
-    highest value of ``proxy`` that both reach; ``minimum``, the least of the gains of ``parts``.
+    gets there with fewer evaluations; ``gain``, of the end over the start, against ``share`` times
+    that of ``than`` (0: against none at all); ``equal_nfe``, ``equal_time`` and ``equal_updates``,
+    at the most evaluations, seconds or updates that both reach, where methods differ in them;
+    ``equal_proxy``, at the highest value of ``proxy`` that both reach; ``minimum``, the least of
+    the gains of ``parts``.
     """
 
     says: str
@@ -48,8 +54,13 @@ class Claim:
     proxy: str = "partial"
     parts: tuple[str, ...] = ()
     margin: float = 0.0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
+        if self.share != 1.0 and self.at != "gain":
+            raise ConfigError(
+                f"claim {self.says!r}: 'share' is {self.share}, which belongs to at: gain"
+            )
         if (self.at == "minimum") != bool(self.parts):
             raise ConfigError(
                 f"claim {self.says!r}: 'parts' belong to at: minimum, and at: minimum needs them"
@@ -101,9 +112,9 @@ def decide(comparison: Comparison, claim: Claim, seed: int = 0) -> Decided:
 
 def _where(comparison: Comparison, claim: Claim) -> tuple[np.ndarray | None, str]:
     """The points at which both sides are looked at, and their unit; ``None`` is all of them."""
-    if claim.at not in ("equal_nfe", "equal_time"):
-        return None, "nfe"
-    unit = "nfe" if claim.at == "equal_nfe" else "seconds"
+    unit = {"equal_time": "seconds", "equal_updates": "steps"}.get(claim.at, "nfe")
+    if claim.at not in ("equal_nfe", "equal_time", "equal_updates"):
+        return None, unit
     return np.array([comparison.reached((claim.better, claim.than), unit)]), unit
 
 
@@ -123,6 +134,8 @@ def statistic_of(claim: Claim, values: np.ndarray) -> Statistic:
     """The difference that a claim is about; ``values`` ``(S, P, K, Q)`` give units to its parts."""
     if claim.at == "minimum":
         return _least_gain(values[0, 0].std(0))
+    if claim.at == "gain":
+        return lambda a, b: _gain(a) - claim.share * _gain(b)
     return {"curve": _curve, "equal_proxy": _at_equal_proxy}.get(claim.at, _end)
 
 

@@ -9,7 +9,7 @@ from eval.charts import number
 from eval.html import points
 from eval.methods.claims import HOW, Decided
 from eval.methods.summary import Summary
-from eval.methods.words import words_of
+from eval.methods.words import judged, words_of
 from mmalign.runtime.files import atomic_write_text
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
@@ -35,10 +35,11 @@ def write_markdown(summary: Summary, path: Path | str) -> Path:
 
 def tables(summary: Summary) -> str:
     """What was run, the methods and the claims."""
-    words = words_of(summary)
+    words, others = words_of(summary), judged(summary)
     parts = [
         words.basis(summary) + "\n",
         _table(words.head, (words.cells(line) for line in summary.lines)),
+        _table(*others) if others else "",
         _table(CLAIM_HEAD, (claim_cells(d) for d in summary.decided)) if summary.decided else "",
         unfinished(summary),
     ]
@@ -63,7 +64,8 @@ def claim_cells(found: Decided) -> tuple[str, ...]:
     show = points if claim.measure == "accuracy" and claim.at != "minimum" else _signed
     margin = f", margin {show(claim.margin)}" if claim.margin else ""
     measure = " and ".join(claim.parts) or claim.measure
-    sides = f"{claim.better} − {claim.than}"
+    times = "" if claim.share == 1 else f"{claim.share:g} × "
+    sides = f"{claim.better} − {times}{claim.than}"
     if interval is None:
         return (claim.says, sides, f"{measure}, {HOW[claim.at]}{margin}", "–", "–", _word(found))
     span = f"[{show(interval.low)}, {show(interval.high)}]" if interval.defined else "–"

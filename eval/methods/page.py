@@ -14,7 +14,7 @@ from eval.html import Child, Markup, el, page, section, table
 from eval.methods.markdown import CLAIM_HEAD, claim_cells
 from eval.methods.read import MethodRuns
 from eval.methods.summary import Summary
-from eval.methods.words import Curve, words_of
+from eval.methods.words import Curve, judged, words_of
 from eval.result import EvalResult
 from eval.statistics import Interval
 from mmalign.runtime.files import atomic_write_bytes
@@ -116,7 +116,9 @@ def _methods(summary: Summary) -> Markup:
     ]  # fmt: skip
     card = el("div", bar_chart(bars, ("accuracy",)), class_="card")
     methods = table(words.head, rows, "numbers methods")
-    return section("Methods", card, methods, *folds, note=words.methods)
+    found = judged(summary)
+    others = [table(*found, "numbers methods")] if found else []
+    return section("Methods", card, methods, *others, *folds, note=words.methods)
 
 
 def _first(summary: Summary) -> MethodRuns:

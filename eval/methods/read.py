@@ -22,7 +22,7 @@ FILE = "comparison.json"
 
 @dataclass(frozen=True)
 class RunCurve:
-    """The evaluations of one finished run: ``nfe`` and ``seconds`` spent before each.
+    """The evaluations of one finished run: ``nfe``, ``seconds`` and ``steps`` spent before each.
 
     Of training, they are those of the whole run; of steering, those for one prompt, and ``costs``
     says more about each point.
@@ -34,6 +34,7 @@ class RunCurve:
     seconds: np.ndarray
     results: tuple[EvalResult, ...]
     costs: tuple[Mapping[str, Any], ...] = ()
+    steps: np.ndarray = field(default_factory=lambda: np.zeros(0))
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ class MethodRuns:
         return len(self.runs[0].results)
 
     def mean(self, name: str) -> float:
-        """Mean over seeds of ``updates``, or of the final ``nfe``, ``seconds`` or other cost."""
-        if name in ("updates", "nfe", "seconds"):
+        """Mean over seeds of ``updates``, or of the final ``nfe``, ``seconds`` or another cost."""
+        if name in ("updates", "nfe", "seconds", "steps"):
             return float(np.mean([np.atleast_1d(getattr(r, name))[-1] for r in self.runs]))
         return float(np.mean([r.costs[-1][name] for r in self.runs]))
 
@@ -98,7 +99,7 @@ class Comparison:
         return np.asarray(np.mean([r.nfe for r in self.methods[name].runs], 0))
 
     def reached(self, names: Sequence[str], unit: str) -> float:
-        """The most evaluations (``nfe``) or ``seconds`` that all of these methods have spent."""
+        """The most evaluations (``nfe``), ``seconds`` or ``steps`` that all of these have spent."""
         return min(self.methods[name].mean(unit) for name in names)
 
     def interval(
@@ -143,8 +144,8 @@ class Comparison:
     ) -> np.ndarray:  # fmt: skip
         """``(S, P, K, Q)``: each picture's measures at the points of ``grid``.
 
-        Between two evaluations a picture's value is interpolated in ``unit``, network evaluations
-        or ``seconds``; a run that ended a little off the budget keeps its end.
+        Between two evaluations a picture's value is interpolated in ``unit``, network evaluations,
+        ``seconds`` or ``steps``; a run that ended a little off the budget keeps its end.
 
         Args:
             grid: ``(P,)``; by default that of :meth:`grid_of`.
@@ -206,8 +207,9 @@ def _read_run(folder: Path, seed: int) -> RunCurve:
     nfe = [0.0, *(log[s]["nfe"] for s in known), ended["nfe"]]
     seconds = [0.0, *(log[s]["seconds"] for s in known), ended["seconds"]]
     results = [EvalResult.load(folder / "eval" / spot / "result.json") for spot in spots]
+    made = np.array([0, *known, ended["steps"]], float)
     return RunCurve(seed, int(ended["steps"]), np.array(nfe, float), np.array(seconds, float),
-                    tuple(results))  # fmt: skip
+                    tuple(results), steps=made)  # fmt: skip
 
 
 def _read_points(folder: Path, seed: int, points: Sequence[Mapping[str, Any]]) -> RunCurve:

@@ -116,12 +116,23 @@ def _steering_cells(line: Line) -> tuple[str, ...]:
         f"{runs.mean('reward_calls'):,.0f}",
         f"{runs.mean('seconds'):.2f} s",
         "–" if line.overhead is None else percent(line.overhead),
-        _moves(line),
     )
 
 
 def _moves(line: Line) -> str:
     return "; ".join(f"{m} {number(a)} → {number(b)}" for m, a, b in line.proxies)
+
+
+def judged(summary: Summary) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """Header and rows of what judges say of steered pictures; training has it in its own table."""
+    if not summary.comparison.steering:
+        return None
+    names = list(dict.fromkeys(name for line in summary.lines for name, _, _ in line.proxies))
+    rows = []
+    for line in summary.lines:
+        moved = {name: f"{number(a)} → {number(b)}" for name, a, b in line.proxies}
+        rows.append((line.runs.title, *(moved.get(name, "–") for name in names)))
+    return ("bare → steered", *names), rows
 
 
 def _training_curves(summary: Summary) -> list[Curve]:
@@ -191,7 +202,7 @@ STEERING = Words(
     start="bare pipeline",
     head=(
         "method", "accuracy", "gain, points", "gains", "equal NFE", "equal time", "NFE", "scored",
-        "time", "overhead", "judges, bare → steered",
+        "time", "overhead",
     ),
     verdict=3,
     cells=_steering_cells,
@@ -201,7 +212,7 @@ STEERING = Words(
         "Accuracy at the largest budget of each row, best first, counterparts of claims last; "
         "budgets differ, so the columns equal NFE and equal time say how many points a row is "
         "ahead of best of N on the same model, at the most that both reach. NFE, pictures scored "
-        "and time are those of a prompt. The reward that steers is named first among the judges."
+        "and time are those of a prompt. Of the judges below, the reward that steers comes first."
     ),
     how=(
         "The first point of every curve is the bare pipeline's picture of a prompt's first noise, "

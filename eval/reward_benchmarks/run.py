@@ -35,6 +35,7 @@ from vision_rewards.factory import load_reward
 
 DIGEST_BYTES = 2**30  # a larger file is recognised by its size
 REASON = 300  # characters of a reason that the report keeps
+FRAMES_HINT = "; ask about its frames: {compose: frames, parts: [NAME]}, or give video_judge"
 REASONS = 5
 
 
@@ -143,7 +144,10 @@ def _check(benchmark: RewardBenchmark, label: str, info: RewardInfo, items: Sequ
         return  # answers are compared by judges, which is checked when they are loaded
     if benchmark.media not in info.media:
         takes = ", ".join(info.media)
-        raise UnfitError(f"{label}: takes {takes}, but {benchmark.name} holds {benchmark.media}s")
+        raise UnfitError(
+            f"{label}: takes {takes}, but {benchmark.name} holds {benchmark.media}s"
+            + FRAMES_HINT * (benchmark.media == "video")
+        )
     given = set(items[0].context) | {"prompt", "opponent"}
     lacking = [need for need in info.needs if need not in given]
     if lacking:

@@ -30,11 +30,15 @@ _MISSING = object()
 
 @dataclass(frozen=True)
 class Row:
-    """One row: its values, the folder its paths start from, and where it stands in Parquet."""
+    """One row: its values, the folder its paths start from, and where it stands in Parquet.
+
+    ``broken`` says why there are no values.
+    """
 
     values: Mapping[str, Any]
     root: Path
     cell: tuple[Path, int, int] | None = None
+    broken: str = ""
 
     def value(self, *names: str, default: Any = _MISSING) -> Any:
         """The first of these columns that is there and not null.
@@ -42,6 +46,8 @@ class Row:
         Raises:
             RowError: none of them; names those that are there.
         """
+        if self.broken:
+            raise RowError(self.broken)
         for name in names:
             if self.values.get(name) is not None:
                 return self.values[name]
@@ -117,7 +123,8 @@ class Row:
                 if found.exists():
                     return file_candidate(found, self.root, maker)
         hint = " (download it there first)" if "://" in path else ""
-        raise RowError(f"{path} is not below {self.root.name or self.root}{hint}")
+        tried = ", ".join(folder for folder in FOLDERS if folder)
+        raise RowError(f"{path} is not below {self.root}, nor in its {tried}{hint}")
 
     def size(self, name: str) -> tuple[int, int]:
         """Width and height of the picture in a column. Raises :class:`RowError`."""
@@ -177,10 +184,16 @@ def read_rows(path: Path, root: Path | None = None) -> Iterator[tuple[str, Row]]
         ".jsonl": _json_lines, ".json": _json, ".csv": _csv,
     }  # fmt: skip
     if suffix not in readers:
-        raise DataError(f"{path}: {suffix or 'no suffix'!r} is no table; use .parquet, .jsonl, ...")
+        allowed = ", ".join((*readers, ".parquet"))
+        raise DataError(f"{path}: {suffix or 'no suffix'!r} is no table; use {allowed}")
     for number, values in enumerate(readers[suffix](path), 1):
-        own = values if isinstance(values, dict) else {}
-        yield f"{path.name}, row {number}", Row(own, root)
+        place = f"{path.name}, row {number}"
+        if isinstance(values, dict):
+            yield place, Row(values, root)
+        else:
+            kind = type(values).__name__
+            said = str(values) if isinstance(values, RowError) else f"it is no object but a {kind}"
+            yield place, Row({}, root, broken=said)
 
 
 def _text(path: Path) -> str:
@@ -195,8 +208,8 @@ def _json_lines(path: Path) -> Iterator[Any]:
         if line.strip():
             try:
                 yield json.loads(line)
-            except ValueError:
-                yield None
+            except json.JSONDecodeError as error:
+                yield RowError(f"it is not JSON ({error.msg} at column {error.colno})")
 
 
 def _json(path: Path) -> Iterable[Any]:

@@ -38,8 +38,22 @@ def read_video(source: Path | bytes | Callable[[], Any] | None, frames: int = 8)
         return torch.stack(chosen(list(source()), frames))
     if not isinstance(source, Path):
         raise PictureError(f"a video must be a file or a folder, got a {type(source).__name__}")
+    images = read_frames(source, frames)
+    if len({image.size for image in images}) > 1:
+        raise PictureError(f"{source}: its frames have different sizes")
+    return torch.stack([_tensor(image) for image in images])
+
+
+def read_frames(source: Path, frames: int) -> list[Image.Image]:
+    """As :func:`read_video` for a file or folder, as 8-bit RGB pictures.
+
+    Raises:
+        PictureError: it cannot be read; names the file. MissingExtraError: see there.
+    """
+    if not source.exists():
+        raise PictureError(f"{source}: there is no such video")
     try:
-        return torch.stack([_tensor(image) for image in _frames(source, frames)])
+        return _frames(source, frames)
     except (MissingExtraError, PictureError):
         raise
     except Exception as error:  # decoders of damaged files raise nearly anything

@@ -15,6 +15,8 @@ _OPTIONS = (
 )  # fmt: skip
 
 
+_FEW_STEP = ("teacher", "evaluations")
+_FEW_STEP_FOREIGN = (*_OPTIONS, "reward", "batch_sizes", "objectives", "gradient_steps")
 _METHODS = ("methods", "seeds", "nfe", "table", "short", "jobs", "markdown", "tuned")
 _EVALUATION_OPTIONS = (
     "device", "dtype", "batch_size", "images", "steps", "guidance_scale", "repeats", "out",
@@ -34,6 +36,12 @@ def run(args: Namespace) -> int:
         return compare_steering(args)
     if said := [n for n in _METHODS if getattr(args, n) not in (None, False)]:
         raise CommandError(f"--{said[0]} belongs to: mmalign bench methods, or bench steering")
+    if args.what == "few-step":
+        from mmalign.commands.bench_few_step import run as compare_few_step
+
+        return compare_few_step(args, _FEW_STEP_FOREIGN)
+    if said := [n for n in _FEW_STEP if getattr(args, n) is not None]:
+        raise CommandError(f"--{said[0]} belongs to: mmalign bench few-step")
     from mmalign import api
 
     if args.policy is None:
@@ -51,6 +59,10 @@ def run(args: Namespace) -> int:
         from mmalign.commands.bench_objectives import run as compare_objectives
 
         return compare_objectives(args, options)
+    if args.gradient_steps is not None:
+        from mmalign.commands.bench_gradient import run as follow_gradients
+
+        return follow_gradients(args, options)
     result = api.bench(args.policy, **options)
     print(json.dumps(result, indent=2) if args.json else summary(result))
     return 0
@@ -80,8 +92,10 @@ def _rewards(args: Namespace) -> int:
     from mmalign.runtime.files import atomic_write_json
     from vision_rewards.bench import bench_rewards
 
-    if args.objectives is not None:
-        raise CommandError("--objectives needs --policy, the generator to measure them on")
+    for name in ("objectives", "gradient_steps"):
+        if getattr(args, name) is not None:
+            said = f"--{name.replace('_', '-')}"
+            raise CommandError(f"{said} needs --policy, the generator to measure them on")
     if not args.reward:
         raise CommandError("give --policy, or --reward to measure rewards alone")
     options = given(**{n: getattr(args, n) for n in _REWARD_OPTIONS})

@@ -16,7 +16,8 @@ OUT = "runs/methods"
 _FOREIGN = (
     "policy", "device", "dtype", "batch_size", "batch_sizes", "images", "steps", "guidance_scale",
     "size", "repeats", "adapter", "lora_rank", "kl_beta", "reward", "attention",
-    "gradient_checkpointing", "compile", "objectives", "tuned",
+    "gradient_checkpointing", "compile", "objectives", "gradient_steps", "teacher",
+    "evaluations", "tuned",
 )  # fmt: skip
 
 
@@ -82,10 +83,12 @@ def _show(record: dict[str, Any], out: Path, args: Namespace) -> None:
 
 def _text(summary: Any) -> str:
     from eval.methods.markdown import CLAIM_HEAD, claim_cells
-    from eval.methods.words import words_of
+    from eval.methods.words import judged, words_of
 
     words = words_of(summary)
     tables = [table([words.cells(line) for line in summary.lines], words.head)]
+    if found := judged(summary):
+        tables.append(table(found[1], found[0]))
     if summary.decided:
         tables.append(table([claim_cells(d) for d in summary.decided], CLAIM_HEAD))
     return "\n\n".join(tables)

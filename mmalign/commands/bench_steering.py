@@ -12,7 +12,8 @@ OUT = "runs/steering"
 _FOREIGN = (
     "policy", "device", "dtype", "batch_size", "batch_sizes", "images", "steps", "guidance_scale",
     "size", "repeats", "adapter", "lora_rank", "kl_beta", "attention", "gradient_checkpointing",
-    "compile", "objectives", "nfe",
+    "compile", "objectives", "gradient_steps", "teacher",
+    "evaluations", "nfe",
 )  # fmt: skip
 
 

@@ -40,8 +40,8 @@ def _list(args: Namespace) -> int:
     for name, source in sorted(SOURCES.items()):
         here = cached(name, args.cache)
         state = str(here) if here else f"{len(source.files)} to fetch" if source.files else "--data"
-        rows.append([name, source.licence, state, source.page])
-    print(table(rows, ["benchmark", "licence", "files", "source"]))
+        rows.append([name, source.licence, source.checked, state, source.page])
+    print(table(rows, ["name", "licence", "digests known", "files", "source"]))
     return 0
 
 

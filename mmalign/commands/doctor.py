@@ -29,6 +29,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
         "rapidocr",
         "onnxruntime",
         "pyarrow",
+        "torch-fidelity",
     ),
     "xformers": ("xformers",),
     "server": ("fastapi", "uvicorn"),
@@ -38,6 +39,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "parquet": ("pyarrow",),
     "video": ("av",),
     "compbench": ("spacy",),
+    "metrics": ("torch-fidelity",),
 }
 Status = Literal["ok", "missing", "note", "BROKEN"]
 

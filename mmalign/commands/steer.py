@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 from mmalign.commands.common import CommandError, given, prompts_of, table
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-
     from mmalign.commands.steer_run import Run
 
 
@@ -60,8 +58,7 @@ def asked(args: Namespace) -> tuple[list[str], Any, list[Any]]:
 def finish(work: Run, report: bool = True) -> dict[str, Any]:
     """Write ``steer.json``, the contact sheet and the page of a finished run; what is in the
     first."""
-    from PIL import Image
-
+    from mmalign.commands.contact_sheet import contact_sheet
     from mmalign.runtime.files import atomic_path, atomic_write_json
     from mmalign.runtime.versions import environment
 
@@ -69,13 +66,8 @@ def finish(work: Run, report: bool = True) -> dict[str, Any]:
     lora = {"lora": work.plan.lora}
     summary = {**work.settings, **lora, **totals(records), "environment": environment()}
     atomic_write_json(folder / "steer.json", summary)
-    images = []
-    for record in records:
-        with Image.open(folder / record["file"]) as image:
-            images.append(image.convert("RGB"))
-    labels = [f"{_text(r['score'])}  {r['prompt']}" for r in records]
     with atomic_path(folder / "contact_sheet.png") as partial:
-        contact_sheet(images, labels).save(partial, format="PNG")
+        contact_sheet(folder, records).save(partial, format="PNG")
     if report:
         from eval.steering_page import steering_report
 
@@ -125,26 +117,3 @@ def told(summary: Mapping[str, Any]) -> str:
         f"{summary['seconds']:.1f} s"
     )
     return f"{text}\n{len(summary['candidates'])} candidates, {spent}"
-
-
-def _text(value: float | None) -> str:
-    return "unscored" if value is None else f"{value:.4f}"
-
-
-def contact_sheet(images: Sequence[Image], labels: Sequence[str], columns: int = 4) -> Image:
-    """Pictures on one sheet with a line of text under each; small ones are enlarged."""
-    from PIL import Image, ImageDraw
-
-    side, line = max(192, *images[0].size), 18
-    columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
-    sheet = Image.new("RGB", (columns * (side + 8) + 8, rows * (side + line + 8) + 8), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        scale = side / max(image.size)
-        size = (round(image.width * scale), round(image.height * scale))
-        x, y = 8 + i % columns * (side + 8), 8 + i // columns * (side + line + 8)
-        sheet.paste(image.resize(size, Image.Resampling.NEAREST if scale > 1 else None), (x, y))
-        shown = label if len(label) <= side // 6 else label[: side // 6 - 3] + "..."
-        draw.text((x, y + side + 3), shown.encode("ascii", "replace").decode(), fill="black")
-    return sheet

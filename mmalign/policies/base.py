@@ -47,6 +47,7 @@ class PipelinePolicy:
             guidance_scale=self.recommended.get("guidance_scale", guidance_scale),
             height=self.recommended.get("height", height),
             width=self.recommended.get("width", width),
+            renoise=self.recommended.get("renoise", False),
         )
 
     @property
@@ -84,7 +85,7 @@ class PipelinePolicy:
         return f"{self.name}@{digest.hexdigest()[:12]}"
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def latent_shape(self) -> tuple[int, ...]:
         """Channels, height and width of the latents of one picture."""
         scale = self.pipeline.vae_scale_factor
         size = self.sampler.height // scale, self.sampler.width // scale
@@ -138,9 +139,13 @@ class PipelinePolicy:
 
     def decode(self, latents: Tensor) -> Media:
         """Latents to images ``(B, 3, H, W)`` in [0, 1]; differentiable."""
+        return Media(self.pixels(latents).clamp(0, 1))
+
+    def pixels(self, latents: Tensor) -> Tensor:
+        """What :meth:`decode` clamps, ``(B, 3, H, W)`` fp32; differentiable."""
         vae = self.decoder()
         pixels = vae.decode(self._unscaled(latents).to(vae.dtype), return_dict=False)[0]
-        return Media((pixels.float() / 2 + 0.5).clamp(0, 1))
+        return pixels.float() / 2 + 0.5  # type: ignore[no-any-return]
 
     def decoder(self) -> Any:
         """The autoencoder that :meth:`decode` calls."""

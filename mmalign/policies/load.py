@@ -5,9 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from mmalign.assets import asset
 from mmalign.protocols import Policy
 from mmalign.registry import POLICIES, unknown
 from mmalign.runtime.device import pick_device
+from mmalign.runtime.quiet import quiet
 
 # Random pipelines of a few thousand parameters, built on the spot for tests.
 TINY = {
@@ -24,6 +22,7 @@ TINY = {
     "tiny-sdxl": "mmalign.policies.tiny:tiny_sdxl",
     "tiny-sd3": "mmalign.policies.build:tiny_pipeline",
     "tiny-flux": "mmalign.policies.tiny:tiny_flux",
+    "tiny-wan": "mmalign.policies.tiny:tiny_wan",
 }
 # Shipped with the package: short name -> folder under assets/.
 SHIPPED = {
@@ -36,6 +35,7 @@ _FAMILIES = {
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
     "FluxPipeline": "flux",
+    "WanPipeline": "wan",
 }
 _DIFFUSION = ("sd", "sdxl")  # published with a faster sampler than DDIM, which has no density
 
@@ -68,7 +68,8 @@ def load_policy(
     if isinstance(source, (str, os.PathLike)):
         name, device, dtype = str(source), device or "cpu", dtype or torch.float32
         source = load_pipeline(name, dtype)
-        if getattr(source, "vae", None) is not None:
+        video = _FAMILIES.get(type(source).__name__) == "wan"  # its convolutions have a time too
+        if getattr(source, "vae", None) is not None and not video:
             # Convolutions run channels-last: the shipped decoder is 1.9 times as fast on a CPU.
             source.vae.to(memory_format=torch.channels_last)
     family = _FAMILIES.get(type(source).__name__)
@@ -79,11 +80,15 @@ def load_policy(
         from mmalign.policies.diffusion import use_ddim
 
         use_ddim(source)
+    if name and family == "wan":
+        from mmalign.policies.wan import use_euler
+
+        use_euler(source)
     if lora is not None:
         source.load_lora_weights(str(lora))
     wanted = [option for option in (device, dtype) if option is not None]
     if wanted:
-        with _quiet():
+        with quiet():
             source.to(*wanted)
     return POLICIES.load(family)(source, name=name)  # type: ignore[no-any-return]
 
@@ -131,31 +136,7 @@ def _from_folder(folder: Path, dtype: torch.dtype) -> Any:
     # Stock loading demands components that were absent on saving unless told they still are.
     entries = json.loads(index.read_text(encoding="utf-8"))
     absent = {k: None for k, v in entries.items() if isinstance(v, list) and v[0] is None}
-    with _quiet():
+    with quiet():
         return DiffusionPipeline.from_pretrained(
             str(folder), torch_dtype=dtype, local_files_only=True, **absent
         )
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and advice for a load that takes a moment; errors still show."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    levels = [log.get_verbosity() for log in logs]
-    bars = [log.is_progress_bar_enabled() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-        log.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            # The new name of torch_dtype is unknown to the older releases that are supported.
-            warnings.filterwarnings("ignore", message=".*torch_dtype.*", category=FutureWarning)
-            yield
-    finally:
-        for log, level, bar in zip(logs, levels, bars, strict=True):
-            log.set_verbosity(level)
-            if bar:
-                log.enable_progress_bar()

@@ -125,13 +125,16 @@ def tiny_wan(seed: int = 0, scheduler: Any = None) -> Any:
             temperal_downsample=[False, True, True],
         )  # fmt: skip
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0}
-        return WanPipeline(
+        pipeline = WanPipeline(
             tokenizer=_t5_tokenizer(),
             text_encoder=_t5(),
             transformer=transformer.eval(),
             vae=vae.eval(),
             scheduler=scheduler or UniPCMultistepScheduler(**flow),
         )
+    # What sampler.json says of a pipeline in a folder.
+    pipeline.recommended = {"height": 32, "width": 32, "num_frames": 5, "max_sequence_length": 32}
+    return pipeline
 
 
 def _unet(**options: Any) -> Any:

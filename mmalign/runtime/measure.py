@@ -45,9 +45,12 @@ class Memory:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def timed(run: Callable[[], Any], repeats: int, device: torch.device) -> list[float]:
-    """Seconds of ``repeats`` calls, after one that does not count."""
-    run()
+def timed(
+    run: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 1
+) -> list[float]:
+    """Seconds of ``repeats`` calls, after ``warmup`` that do not count."""
+    for _ in range(warmup):
+        run()
     seconds = []
     for _ in range(repeats):
         _synchronise(device)

@@ -10,10 +10,12 @@ from mmalign.sampling.kernels import (
     OdeKernel,
     build_kernel,
 )
+from mmalign.sampling.renoise import ConsistencyKernel
 from mmalign.sampling.replay import Transitions, evaluate, recorded, replay
 from mmalign.sampling.rollout import Plan, collect
 
 __all__ = [
+    "ConsistencyKernel",
     "CpsKernel",
     "DanceSdeKernel",
     "DdimKernel",

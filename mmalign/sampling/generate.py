@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from mmalign.protocols import Policy
+from mmalign.runtime.seeds import stable_seed
 from mmalign.sampling.fit import deterministic
+from mmalign.sampling.renoise import ConsistencyKernel
 from mmalign.types import Conditioning, Media
 
 
@@ -42,6 +44,29 @@ def integrate(
 
 
 @torch.no_grad()
+def renoised(
+    policy: Policy,
+    latents: Tensor,
+    sigmas: Tensor,
+    conditioning: Conditioning,
+    guidance_scale: float,
+    seeds: Sequence[int],
+) -> Tensor:
+    """Multistep consistency sampling along ``sigmas``; returns the last state.
+
+    Fresh noise depends on the seed alone, as the initial one does.
+    """
+    kernel = ConsistencyKernel().bound(policy.parameterisation)
+    generators = [torch.Generator().manual_seed(stable_seed("renoise", s)) for s in seeds]
+    for k in range(len(sigmas) - 1):
+        prediction = policy.predict(latents, sigmas[k], conditioning, guidance_scale)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
+        noise = noise.to(latents.device)
+        latents = kernel.step(latents, sigmas[k], sigmas[k + 1], prediction, noise).x_next
+    return latents
+
+
+@torch.no_grad()
 def generate(
     policy: Policy,
     prompts: Sequence[str],
@@ -54,7 +79,8 @@ def generate(
 ) -> tuple[Media, int]:
     """Generate one sample per (prompt, seed) with the deterministic sampler.
 
-    In fp32 the result equals the stock pipeline's for the same seeds, steps and guidance.
+    A policy whose ``sampler.renoise`` is on is sampled by :func:`renoised` instead. In fp32 the
+    result otherwise equals the stock pipeline's for the same seeds, steps and guidance.
 
     Args:
         prompts, seeds: ``B`` each; noise depends on the seed alone, never on the batch.
@@ -72,8 +98,8 @@ def generate(
     policy.denoiser.eval()
     with autocast(policy.device, dtype):
         conditioning = (encode or policy.encode)(prompts)
-        latents = integrate(
-            policy, policy.init_noise(seeds), policy.sigmas(steps), conditioning, scale
-        )
+        given = policy.init_noise(seeds), policy.sigmas(steps), conditioning, scale
+        fresh = policy.sampler.renoise
+        latents = renoised(policy, *given, seeds) if fresh else integrate(policy, *given)
         media = policy.decode(latents)
     return media, steps * evaluations(len(seeds), scale, conditioning)

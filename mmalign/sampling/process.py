@@ -72,3 +72,19 @@ def split(
     if parameterisation == "epsilon":
         return (x - b * prediction) / a, prediction
     return a * x - b * prediction, a * prediction + b * x
+
+
+def jump(
+    parameterisation: Parameterisation,
+    x: Tensor,
+    sigma: Tensor,
+    prediction: Tensor,
+    sigma_next: Tensor,
+) -> Tensor:
+    """The state at ``sigma_next`` of the same clean picture and the same noise, like ``x``.
+
+    ``a' x0_hat + b' eps_hat``: Euler's step of a flow model and DDIM's step of the others. Levels
+    are scalar or ``(B,)``.
+    """
+    clean, noise = split(parameterisation, x, sigma, prediction)
+    return noised(parameterisation, clean, noise, sigma_next)

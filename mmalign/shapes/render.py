@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from mmalign.shapes.grammar import COLORS, SHAPES
-from mmalign.shapes.scene import Placed, Scene
+from mmalign.shapes.scene import Pattern, Placed, Scene
 
 SUPERSAMPLE = 4
 CIRCLE = 0.92  # of the radius: equal visual weight with the polygons
+BAND = 0.36  # of the radius: width of a stripe; thinner ones are lost in the autoencoder
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
@@ -26,7 +27,10 @@ def render(scene: Scene, size: int = 64) -> Image.Image:
     canvas = _gradient(scene, big)
     draw = ImageDraw.Draw(canvas)
     for placed in scene.objects:
-        outline(draw, placed, big, placed.rgb)
+        if placed.pattern is None:
+            outline(draw, placed, big, placed.rgb)
+        else:
+            _textured(canvas, placed, placed.pattern)
     return canvas.reduce(SUPERSAMPLE)
 
 
@@ -59,6 +63,27 @@ def outline(draw: ImageDraw.ImageDraw, placed: Placed, side: int, fill: object) 
         return
     points = [(x + r * px, y + r * py) for px, py in _turned(placed)]
     draw.polygon(points, fill=fill)  # type: ignore[arg-type]
+
+
+def _textured(canvas: Image.Image, placed: Placed, pattern: Pattern) -> None:
+    """Draw an object with its pattern, which moves, grows and turns with it."""
+    side = canvas.width
+    mask = Image.new("L", canvas.size, 0)
+    outline(ImageDraw.Draw(mask), placed, side, 255)
+    pixels = (np.arange(side) + 0.5) / side
+    across = (pixels - placed.x)[None] / placed.radius
+    down = (pixels - placed.y)[:, None] / placed.radius
+    turn = math.radians(placed.rotation)
+    u = math.cos(turn) * across + math.sin(turn) * down
+    v = math.cos(turn) * down - math.sin(turn) * across
+    cells = {
+        "stripes": np.floor(u / BAND), "checks": np.floor(u / BAND) + np.floor(v / BAND),
+        "rings": np.floor(np.hypot(u, v) / BAND),
+    }  # fmt: skip
+    second = cells[pattern.kind] % 2 > 0
+    two = (np.asarray(rgb, np.uint8) for rgb in (pattern.rgb, placed.rgb))
+    colors = np.where(second[..., None], *two)
+    canvas.paste(Image.fromarray(colors), mask=mask)
 
 
 def bounds(placed: Placed) -> tuple[float, float, float, float]:

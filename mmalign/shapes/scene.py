@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from mmalign.shapes.grammar import COLORS, INVERSE, RELATIONS, SHAPES, ObjectSpec, PromptSpec
 
@@ -20,6 +21,14 @@ Pair = tuple[str, str]
 
 
 @dataclass(frozen=True)
+class Pattern:
+    """A second colour on an object: ``stripes``, ``checks`` or ``rings``, in the object's frame."""
+
+    kind: Literal["stripes", "checks", "rings"]
+    rgb: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Placed:
     """One object; centre and radius are shares of the picture side, y grows downwards."""
 
@@ -30,6 +39,7 @@ class Placed:
     radius: float
     rotation: float
     rgb: tuple[int, int, int]
+    pattern: Pattern | None = None
 
 
 @dataclass(frozen=True)

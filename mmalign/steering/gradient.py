@@ -15,11 +15,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from mmalign.protocols import Kernel, Policy
-from mmalign.sampling.fit import deterministic
-from mmalign.sampling.generate import autocast
+from mmalign.protocols import Kernel
+from mmalign.sampling.chain import Switch, links, predictor, run
+from mmalign.sampling.decoding import decoded
 from mmalign.steering.engine import Engine, on_cpu, scored
 from mmalign.types import Media, Score
 
@@ -79,7 +78,7 @@ def reward_gradient(engine: Engine, latents: Tensor, owners: Tensor) -> Ascent:
         leaf = latents[rows].detach().float().requires_grad_(True)
         ready = torch.autocast(device.type, enabled=False)
         with engine.meter.work(), torch.enable_grad(), ready:
-            pixels = checkpoint(_pixels, engine.policy, leaf, use_reentrant=False)
+            pixels = decoded(engine.policy, leaf)
             score = engine.score(Media(pixels), owners[rows])
             gradient = _ascent(score, leaf)
         parts.append(Ascent(Media(pixels.detach()), on_cpu(score), gradient))
@@ -140,23 +139,19 @@ def sample(engine: Engine, noises: Tensor, owners: Tensor, kernel: Kernel) -> Te
 
     The last step of a flow model is that of the ODE, so that no noise is left in the picture.
     """
-    x, sigmas, given = noises[:, 0], engine.sigmas(), engine.conditioning(owners)
-    drawn, last = noises.shape[1] > 1, len(sigmas) - 2
-    flow = engine.policy.parameterisation == "flow"
-
-    def step(x: Tensor, k: int, noise: Tensor | None) -> Tensor:
-        with autocast(engine.policy.device, engine.dtype):
-            prediction = engine.policy.predict(x, sigmas[k], given, engine.guidance_scale)
-        rule = deterministic("flow") if flow and k == last else kernel
-        return rule.step(x, sigmas[k], sigmas[k + 1], prediction, noise).x_next
-
-    for k in range(len(sigmas) - 1):
-        noise = noises[:, k + 1] if drawn else None
-        with engine.meter.work():
-            x = checkpoint(step, x, k, noise, use_reentrant=False, preserve_rng_state=False)
-        # Counted here: inside, the backward pass would count it again.
-        engine.meter.nfe += len(x) * engine.evaluations
-    return x
+    sigmas, given = engine.sigmas(), engine.conditioning(owners)
+    drawn, count = noises.shape[1] > 1, len(sigmas) - 1
+    chain = links(
+        engine.policy, kernel, sigmas, [Switch()] * count,
+        noises=noises[:, 1:] if drawn else None,
+        last=engine.policy.parameterisation == "flow",
+    )  # fmt: skip
+    predict = predictor(engine.policy, given, engine.guidance_scale, dtype=engine.dtype)
+    with engine.meter.work():
+        clean = run(predict, noises[:, 0], chain).clean
+    # Counted here: in the predictor, the backward pass would count it again.
+    engine.meter.nfe += count * len(noises) * engine.evaluations
+    return clean
 
 
 def norms(x: Tensor) -> Tensor:
@@ -173,10 +168,6 @@ def clipped(gradient: Tensor, limit: float | Tensor) -> Tensor:
     """Each row shortened to norm ``limit`` (one for all, or ``(B,)``) where it is longer."""
     scale = (limit / norms(gradient).clamp(min=1e-30)).clamp(max=1.0)
     return gradient * per_row(scale, gradient)
-
-
-def _pixels(policy: Policy, latents: Tensor) -> Tensor:
-    return policy.decode(latents).data
 
 
 def _ascent(score: Score, leaf: Tensor) -> Tensor:

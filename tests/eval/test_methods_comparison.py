@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from PIL import Image
 
 from eval.methods.claims import Claim, decide, gain, read_claims, statistic_of, verdict
 from eval.methods.judges import measured
-from eval.methods.markdown import BEGIN, END, tables, write_markdown
+from eval.methods.markdown import BEGIN, END, claim_cells, tables, write_markdown
 from eval.methods.page import comparison_page
 from eval.methods.read import read_comparison
 from eval.methods.summary import Summary
@@ -198,6 +199,48 @@ def test_statistics_by_hand():
     assert value(a, b, at="minimum", parts=("x", "y")) == pytest.approx(2 - 4)
 
 
+def test_gains_and_shares_of_gains(folder):
+    comparison = read_comparison(folder)
+
+    def about(better: str, than: str, share: float) -> tuple[str, float]:
+        claim = Claim(says="s", better=better, than=than, at="gain", share=share)
+        found = decide(comparison, claim)
+        assert found.interval is not None
+        return found.word, found.interval.mean
+
+    word, mean = about("early", "early", 0.0)  # against nothing: the gain itself
+    own = gain(comparison, "early").mean
+    assert word == "supported" and mean == pytest.approx(own) and own > 0.3
+    other = gain(comparison, "late").mean
+    assert about("late", "early", 0.5) == ("supported", pytest.approx(other - own / 2))
+    assert about("base", "early", 0.5)[0] == "not supported"
+    claim = Claim(says="s", better="late", than="early", at="gain", share=0.5)
+    cells = claim_cells(decide(comparison, claim))
+    assert cells[1] == "late − 0.5 × early" and "gain" in cells[2]
+    with pytest.raises(ConfigError, match="share"):
+        Claim(says="s", better="late", than="early", share=0.5)
+
+
+def test_claims_after_equal_updates(folder, tmp_path):
+    """The budget allows a costly method few updates, and it is ahead of the other after those."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for seed in (0, 1, 2):  # early's log and end: 3 steps of 300 evaluations in the place of 9
+        run_folder = tmp_path / f"early/seed_{seed}"
+        log = [{"step": s, "nfe": 300 * s, "seconds": 6.0 * s} for s in (1, 2, 3)]
+        (run_folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
+        for at, spot in ((1, "step_000003"), (2, "step_000006")):
+            (run_folder / "eval" / spot).rename(run_folder / "eval" / f"step_{at:06d}")
+        ended = json.loads((run_folder / "run.json").read_text())
+        (run_folder / "run.json").write_text(json.dumps({**ended, "steps": 3}))
+    comparison = read_comparison(tmp_path)
+    assert comparison.reached(("early", "late"), "steps") == 3
+    claim = Claim(says="s", better="early", than="late", at="equal_updates")
+    found = decide(comparison, claim)
+    # early after its three updates, 0.8, against late after three of its nine, 0.3
+    assert found.word == "supported" and found.interval is not None
+    assert found.interval.mean == pytest.approx(0.5, abs=0.1)
+
+
 def test_claims_that_make_no_sense_are_refused():
     with pytest.raises(ConfigError, match="measur"):
         read_claims([{**CLAIMS[0], "measur": "accuracy"}])
@@ -206,8 +249,6 @@ def test_claims_that_make_no_sense_are_refused():
 
 
 def test_a_run_judged_on_other_pictures_is_named(folder, tmp_path):
-    import shutil
-
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     path = tmp_path / "late/seed_1/eval/after/result.json"
     data = json.loads(path.read_text())

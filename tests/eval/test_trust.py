@@ -11,9 +11,8 @@ from eval.assembly import AHEAD, assembly_line
 from eval.benchmarks.shapes import ShapesBenchmark
 from eval.evaluation_page import evaluation_report
 from eval.harness import GapError, run_benchmark
-from eval.result import EvalResult
+from eval.result import EvalResult, ResultError
 from eval.trust import cautions
-from mmalign.registry import UnknownNameError
 from mmalign.runtime.log import read_jsonl
 from mmalign.runtime.training_record import TrainingRecord, prompt_hash, reward_names
 
@@ -121,7 +120,7 @@ def test_unknown_columns_of_a_result_are_named(run, tmp_path, place):
     data = json.loads(path.read_text())
     (data if place == "result" else data["rows"][1])["valeu"] = 1
     path.write_text(json.dumps(data))
-    with pytest.raises(UnknownNameError, match="'valeu'. Did you mean 'value'" if place == "row"
+    with pytest.raises(ResultError, match="'valeu'. Did you mean 'value'" if place == "row"
                        else "column of result 'valeu'"):  # fmt: skip
         EvalResult.load(path)
 

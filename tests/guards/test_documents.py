@@ -12,10 +12,12 @@ import pytest
 
 from mmalign import cli
 from mmalign.assets import find_recipe
+from mmalign.registry import BENCHMARKS, REWARD_BENCHMARKS
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+HEADINGS = ("What it measures", "How it is computed", "Known traps", "Reference scores")
 LINK = re.compile(r"\[[^\]]*\]\(([^)#\s]+)[^)]*\)")
 
 
@@ -83,12 +85,40 @@ def test_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 250
 
 
+def linked_from(page: Path) -> set[Path]:
+    """The files that a page links to."""
+    links = LINK.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+    return {(page.parent / link).resolve() for link in links if "://" not in link}
+
+
 def test_every_document_is_reachable_from_the_index():
-    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
-    linked = {(ROOT / "docs" / link).resolve() for link in LINK.findall(index) if "://" not in link}
-    pages = set((ROOT / "docs").rglob("*.md")) - {ROOT / "docs" / "README.md"}
-    missing = sorted(p.name for p in pages - linked)
-    assert not missing, f"docs/README.md does not link {missing}"
+    docs = ROOT / "docs"
+    missing = {p.name for p in docs.glob("*.md")} - {"README.md"}
+    missing -= {p.name for p in linked_from(docs / "README.md")}
+    inner = {page.parent for page in docs.rglob("*.md")} - {docs}
+    for folder in inner:  # the page of its name is its index
+        pages = set(folder.rglob("*.md")) - linked_from(docs / f"{folder.name}.md")
+        missing |= {p.relative_to(docs).as_posix() for p in pages}
+    assert not missing, f"no index links {sorted(missing)}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "names"),
+    [
+        ("benchmarks", {e.name for e in BENCHMARKS}),
+        ("reward-benchmarks", {e.name for e in REWARD_BENCHMARKS}),
+    ],
+)
+def test_every_benchmark_has_its_page(folder, names):
+    pages = {p.stem: p for p in (ROOT / "docs" / folder).glob("*.md")}
+    assert sorted(pages) == sorted(names)
+    for name, page in pages.items():
+        text = page.read_text(encoding="utf-8")
+        sections = re.split(r"^## ", text, flags=re.MULTILINE)
+        said = {part.partition("\n")[0]: part.partition("\n")[2].strip() for part in sections[1:]}
+        assert text.startswith(f"# {name}\n") and f"--benchmark {name} " in text, page
+        assert tuple(said) == HEADINGS, page
+        assert all(len(words) > 10 for words in said.values()), page
 
 
 def test_the_list_of_rewards_is_complete():

@@ -309,7 +309,7 @@ def test_kernels_of_the_other_kind_are_refused_before_any_work(policy):
     flow = policy.parameterisation == "flow"
     kernel = build_kernel("ddim" if flow else "flow_sde")
     recipe = Plan(kernel=kernel, steps=4, guidance_scale=1.0, record=(0,))
-    with pytest.raises(KernelMismatchError, match="flow_sde" if flow else "fit: ddim"):
+    with pytest.raises(KernelMismatchError, match="flow_sde" if flow else "fit: .*ddim"):
         collect(policy, PROMPTS, torch.arange(3), SEEDS, recipe)
 
 

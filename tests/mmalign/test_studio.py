@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import httpx
 import pytest
-from browser import CHROMIUM, browsing
+from chromium import CHROMIUM, Chromium
 
 from mmalign.cli import main
 from mmalign.commands.studio import make
@@ -211,52 +211,53 @@ def test_every_method_and_its_options_are_offered():
 
 
 def text(page, selector):
-    return page.run(f"document.querySelector('{selector}').textContent")
+    return page.js(f"document.querySelector('{selector}').textContent")
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_person_steers_in_a_browser(studio, reward, tmp_path):
     """Type, click, watch the best picture improve, compare; then a mistake and a stop."""
     url, _ = studio
-    with browsing(tmp_path / "profile") as page:
+    with Chromium(tmp_path) as browser:
+        page = browser.tab(1280, 1500)
         page.open(url)
-        page.wait("document.body.dataset.ready")
-        assert page.run("document.querySelectorAll('#method option').length") > 4
+        page.until("document.body.dataset.ready")
+        assert page.js("document.querySelectorAll('#method option').length") > 4
         for field, said in (("prompt", PROMPT), ("policy", "tiny-sd"), ("reward", reward),
                             ("held_out", "jpeg_compressibility")):  # fmt: skip
-            page.type(f"#{field}", said)
-        page.run("document.querySelector('details').open = true")
+            page.fill(f"#{field}", said)
+        page.js("document.querySelector('details').open = true")
         for option, said in (("n", "12"), ("steps", "2"), ("batch_size", "1")):
-            page.type(f"[data-option={option}]", said)
+            page.fill(f"[data-option={option}]", said)
         page.click("#go")
-        page.wait("document.body.dataset.event === 'done'")
+        page.until("document.body.dataset.event === 'done'")
         plain, best = (
-            page.run(f"document.querySelector('#{which} img').naturalWidth")
+            page.js(f"document.querySelector('#{which} img').naturalWidth")
             for which in ("plain", "best")
         )
         assert plain == best == 32
-        assert page.run("document.querySelector('#curve .line').getBoundingClientRect().width") > 50
+        assert page.js("document.querySelector('#curve .line').getBoundingClientRect().width") > 50
         scores = [float(text(page, f"#{which} output")) for which in ("plain", "best")]
         assert scores[1] > scores[0] and "Done" in text(page, "#status")
-        assert page.run("document.querySelectorAll('#others img').length") == 12
-        assert page.run("document.querySelectorAll('#others .chosen').length") == 1
+        assert page.js("document.querySelectorAll('#others img').length") == 12
+        assert page.js("document.querySelectorAll('#others .chosen').length") == 1
         assert "judged" in text(page, "#best small")
-        assert page.run("[...document.images].every(i => i.naturalWidth > 0)")
-        assert page.run("document.documentElement.scrollWidth <= innerWidth")
-        page.screenshot(tmp_path / "studio.png")
+        assert page.js("[...document.images].every(i => i.naturalWidth > 0)")
+        assert page.js("document.documentElement.scrollWidth <= innerWidth")
+        page.shot(tmp_path / "studio.png", whole=True)
 
-        page.type("#reward", "shapes_parti")
+        page.fill("#reward", "shapes_parti")
         page.click("#go")
-        page.wait("document.body.dataset.event === 'failed'")
+        page.until("document.body.dataset.event === 'failed'")
         assert "shapes_partial" in text(page, "#status.bad")
 
-        page.type("#reward", reward.replace(":red", ":slow"))
-        page.type("[data-option=n]", "500")
+        page.fill("#reward", reward.replace(":red", ":slow"))
+        page.fill("[data-option=n]", "500")
         page.click("#go")
-        page.wait("document.body.dataset.event === 'progress'")
+        page.until("document.body.dataset.event === 'progress'")
         page.click("#stop")
-        page.wait("document.body.dataset.event === 'stopped'")
-        assert page.wait("!document.querySelector('#go').disabled")
-        assert page.run("document.querySelectorAll('#history figure').length") == 1
-        assert not page.console, page.console
-        assert all(r.startswith((url, "data:", "about:")) for r in page.requests), page.requests
+        page.until("document.body.dataset.event === 'stopped'")
+        assert page.until("!document.querySelector('#go').disabled")
+        assert page.js("document.querySelectorAll('#history figure').length") == 1
+        assert not page.errors(), page.errors()
+        assert all(r.startswith((url, "data:", "about:")) for r in page.requests()), page.requests()

@@ -115,7 +115,7 @@ class Tab:
 
     def __init__(self, browser: Chromium, session: str) -> None:
         self.browser, self.session = browser, session
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Network", "Log"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
@@ -139,6 +139,16 @@ class Tab:
                 entry = event["params"]["entry"]
                 found += [entry["text"]] if entry["level"] == "error" else []
         return found
+
+    def requests(self) -> list[str]:
+        """The addresses that the page has asked for."""
+        self.js("0")
+        own = [e for e in self.browser.events if e.get("sessionId") == self.session]
+        return [
+            event["params"]["request"]["url"]
+            for event in own
+            if event["method"] == "Network.requestWillBeSent"
+        ]
 
     def reload(self) -> None:
         """Load the page again, and wait until the old one has gone."""
@@ -187,6 +197,21 @@ class Tab:
         for letter in text:
             self.press(letter)
 
+    def fill(self, selector: str, text: str) -> None:
+        """Replace a field's text by typing."""
+        self.js(f"(e => {{e.focus(); e.select()}})(document.querySelector({selector!r}))")
+        self.call("Input.insertText", text=text)
+
+    def click(self, selector: str) -> None:
+        """Click in the middle of an element."""
+        x, y = self.js(
+            "(e => {e.scrollIntoView(); const r = e.getBoundingClientRect();"
+            "return [r.x + r.width / 2, r.y + r.height / 2]})"
+            f"(document.querySelector({selector!r}))"
+        )
+        for kind in ("mousePressed", "mouseReleased"):
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
     def resize(self, width: int, height: int, dark: bool = False) -> None:
         """The size of the window, and whether the reader likes it dark."""
         self.call(
@@ -196,6 +221,7 @@ class Tab:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def shot(self, path: Path) -> None:
-        """A screenshot as PNG."""
-        path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
+    def shot(self, path: Path, whole: bool = False) -> None:
+        """A screenshot as PNG, of the window or of the whole page."""
+        made = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
+        path.write_bytes(base64.b64decode(made["data"]))

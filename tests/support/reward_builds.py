@@ -271,6 +271,15 @@ def local_vlm(shop: Workshop) -> dict[str, Any]:
     return {"checkpoint": shop.folder("vlm")}
 
 
+def subject(shop: Workshop) -> dict[str, Any]:
+    """Likeness and fidelity by one small CLIP."""
+    clip = shop.folder("clip")
+    return {
+        "image": {"reward": "clip_i", "checkpoint": clip},
+        "text": {"reward": "clip_score", "checkpoint": clip},
+    }
+
+
 def server(**options: Any) -> Build:
     """A judge behind a server."""
     return lambda shop: {"url": shop.url, "server": {"retries": 0}, **options}
@@ -292,6 +301,7 @@ BUILDS: dict[str, Build] = {
     "aesthetic_v2_5": aesthetic("v2_5", "siglip", 32),
     "clip_i": lambda shop: {"checkpoint": shop.folder("clip")},
     "dino_i": small("write_dino"),
+    "lambda_harmonic": subject,
     "nsfw": small("write_classifier"),
     "nsfw_clip": nsfw_clip,
     # Margins of random concepts would saturate at the default temperature.
@@ -302,7 +312,8 @@ BUILDS: dict[str, Build] = {
     "yes_no_judge": local_vlm,
     "vqascore": local_vlm,
     **dict.fromkeys(("rubric_judge", "pairwise_judge", "critique_judge", "region_judge"), server()),
-    "auto_rubric": server(),
+    **dict.fromkeys(("auto_rubric", "checklist_judge"), server()),
     "edit_score": server(passes=2),
+    "video_judge": server(frames=2),
     **dict.fromkeys(("unified_reward", "unified_reward_pair"), server(size=64)),
 }

@@ -30,6 +30,11 @@ def answer(chat: Chat) -> str:
             for k in range(1, 1 + len(re.findall(r"^\d+\. ", text, re.MULTILINE)))
         ]
         return json.dumps({"verdicts": verdicts})
+    if "<score>[" in text:
+        points = range(len(re.findall(r"^\d+\. ", text, re.MULTILINE)))
+        met = [int(own * (len(points) + 1) > k + 1) for k in points]
+        reasons = json.dumps(["seen"] * len(met))
+        return f"<analysis>{reasons}</analysis>\n<score>{met}</score>"
     if '"regions": [' in text:
         region = {"label": "it", "box": [0.1, 0.2, 0.6, 0.9], "reason": "seen", "score": own}
         return json.dumps({"regions": [region], "reason": "seen", "score": 2 * own - 1})

@@ -14,6 +14,7 @@ from mmalign.config import ConfigError
 from mmalign.registry import UnknownNameError
 from mmalign.runtime.log import read_jsonl
 from trainers import entry
+from trainers.comparison.prepare import prepare
 from trainers.comparison.runner import plan, run_all, state_of
 from trainers.comparison.table import Method, Table, choose, read_table
 
@@ -95,6 +96,59 @@ def test_choosing_rows_keeps_claims_that_can_be_decided():
     assert (table.seeds, table.nfe) == ((7,), 500)
     short = choose(read_table(), short=True)
     assert len(short.seeds) == 2 and plan(short)[0].config.prompts_per_step == 2
+
+
+def test_rows_on_pairs_train_on_what_is_prepared():
+    table = choose(read_table(), ["dpo", "sail", "mapo", "flow_grpo"], [0], 0)
+    assert set(table.prepare) == {"pairs", "few"} and "--pairs" in table.prepare["few"]
+    runs = {run.method: run for run in plan(table, Path("x"))}
+    where = {name: run.config.pairs and run.config.pairs.data for name, run in runs.items()}
+    assert where == {
+        "dpo": "x/prepared/pairs", "sail": "x/prepared/few", "mapo": "x/prepared/pairs",
+        "flow_grpo": None,
+    }  # fmt: skip
+    # 144 rows, 2 draws: with the reference's pass a step is 576 evaluations, without it 288.
+    for name, cost in (("dpo", 576), ("mapo", 288)):
+        assert runs[name].config.steps * cost > table.nfe
+    assert not choose(read_table(), ["flow_grpo", "d3po"]).prepare
+    short = choose(read_table(), ["dpo"], short=True)
+    assert short.prepare["pairs"][-2:] == ("--pairs", "24")
+    row = Method(title="t", recipe="shapes_dpo", overrides=('pairs.data="{out}/pears"',))
+    with pytest.raises(UnknownNameError, match="'pears'"):
+        replace(table, methods={**table.methods, "t": row})
+
+
+def test_rows_without_pairs_are_the_runs_they_were():
+    """Their folders are recognised by these settings."""
+    run = plan(choose(read_table(), ["flow_grpo"], [1]))[0]
+    assert run.overrides == (
+        *read_table().overrides, "seed=1", "max_nfe=34000", "evaluation.every_nfe=11334",
+        "steps=31",
+    )  # fmt: skip
+
+
+def test_data_is_prepared_once(tmp_path):
+    make = ["prefs", "make", "--policy", "tiny-sd3", "--reward", "saturation", "--pairs", "2"]
+    make += ["--batch-size", "2", "-o", "steps=2"]
+    prepare("pairs", make, tmp_path)
+    folder = tmp_path / "prepared" / "pairs"
+    assert len(read_jsonl(folder / "pairs.jsonl")) == 2
+    (folder / "log.txt").unlink()
+    prepare("pairs", make, tmp_path)
+    assert not (folder / "log.txt").exists()  # nothing was started
+    with pytest.raises(ConfigError, match=r"--pairs 2.*the table now says.*--pairs 3"):
+        prepare("pairs", [*make, "--pairs", "3"], tmp_path)
+
+
+def test_data_that_cannot_be_prepared_fails_its_rows_alone(tmp_path):
+    row = Method(title="P", recipe="shapes_dpo", overrides=('pairs.data="{out}/pairs"', *TINY[:1]))
+    table = replace(
+        tiny_table(), methods={"paired": row}, reference="paired", overrides=(),
+        prepare={"pairs": ("prefs", "make", "--pairs", "0")},
+    )  # fmt: skip
+    record = run_all(table, tmp_path, jobs=1)
+    (held,) = record["runs"]
+    assert held["state"] == "failed" and "pairs is 0" in held["error"]
 
 
 def test_impossible_tables_are_refused():

@@ -23,6 +23,7 @@ ALL = torch.ones(8, dtype=torch.bool)
         ("nested", [[1, 0], [2, 3], [4, 7]]),  # 5 against 6 is a tie
         ("neighbours", [[1, 2], [2, 3], [3, 0], [6, 7]]),
         ("sampled", [[1, 0], [2, 3], [6, 7]]),
+        ("given", [[0, 1], [2, 3], [6, 7]]),  # in their order, whoever won
     ],
 )
 def test_who_is_compared(kind, wanted):

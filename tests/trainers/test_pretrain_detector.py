@@ -160,5 +160,5 @@ def test_export_is_a_stock_detector_of_the_shipped_size(tmp_path: Path) -> None:
 )
 def test_the_shipped_detector_finds_objects() -> None:
     measured = detection_accuracy(assets_root() / "shapes-detector", 150)
-    assert measured["recall@0.3"] > 0.95 and measured["precision@0.9"] > 0.97
-    assert measured["exact@0.3"] > 0.85
+    assert measured["recall@0.3"] > 0.98 and measured["precision@0.9"] > 0.98
+    assert measured["exact@0.3"] > 0.93

@@ -46,7 +46,7 @@ entry.train(even, reward=reward)  # its end is the end of the process group
 
 
 NAMES = ["odd", "even", "torn", "old", "dense", "noise", "value", "guided", "placed"]
-NAMES += ["liked", "own", "d3po", "spo", "prdp"]
+NAMES += ["liked", "own", "subject", "d3po", "spo", "prdp", "leap", "match"]
 
 
 def labelled(base: Path) -> Path:
@@ -67,7 +67,8 @@ def recipes(kit, base: Path) -> list:
     """9 images of which the 2 extremes of each prompt are trained on; 8 with a KL and guidance;
     two objectives of the forward process; an advantage for every step, with found noise; noise
     that is learned; a critic of shares of different sizes; guided rollouts; region scores; a mean
-    over everyone; and 3 labelled pairs of which 2 processes replace some by their own."""
+    over everyone; 3 labelled pairs of which 2 processes replace some by their own; a subject;
+    and two that have something learn beside the policy."""
     common = {"model__adapter": "lora", "model__lora_rank": 4, "optim__lr": 1e-3, "steps": 2}
     odd = {"prompts_per_step": 3, "images_per_prompt": 3, "advantage__keep": 2}
     even = {"objective": {"kl_beta": 0.1}, "rollout__guidance_scale": 2.0, "model__ema_decay": 0.5}
@@ -102,7 +103,13 @@ def recipes(kit, base: Path) -> list:
     rounds = {"round_steps": 1, "self_share": 0.67, "candidates": 2, "score_draws": 1}
     own = {"prompts_per_step": 3, "images_per_prompt": 2, "algorithm": "sail", **matching}
     own |= {"objective": {"beta": 10.0, **rounds}, "pairs": PairConfig(data=str(labelled(base)))}
+    subject = {**own, "algorithm": "rpo", "pairs": None}
+    subject |= {"objective": {"beta": 10.0, "references": str(labelled(base))}}
     whole = {"prompts_per_step": 3, "images_per_prompt": 3}
+    student = {**whole, **matching, "forward__guidance_scale": 1.0}
+    leap = {**student, "algorithm": "rg_lcd", "objective": {"proxy": {"updates": 2}}}
+    match = {**student, "algorithm": "dmd", "forward__times": "grid"}
+    match |= {"rollout__kernel": "consistency", "objective": {"fake": {"updates": 2, "lr": 1e-3}}}
     return [
         kit.cheap(base / "odd", **common, **odd),
         kit.cheap(base / "torn", **common, **torn),
@@ -114,6 +121,9 @@ def recipes(kit, base: Path) -> list:
         kit.cheap(base / "placed", **common, **placed),
         kit.cheap(base / "liked", **common, **liked),
         kit.cheap(base / "own", **common, **own),
+        kit.cheap(base / "subject", **common, **subject),
+        kit.cheap(base / "leap", **common, **leap),
+        kit.cheap(base / "match", **common, **match),
         # Whole prompts: one for the first process, two for the second.
         kit.cheap(
             base / "d3po", algorithm="d3po", **common, **whole, objective={"pairing": "neighbours"}

@@ -17,12 +17,15 @@ from typing import Any
 
 from mmalign.config import ConfigError, from_dict, load_yaml
 from mmalign.runtime.files import atomic_directory
+from mmalign.runtime.log import say
 from mmalign.runtime.workers import listed, run_missing, start_python
+from trainers.comparison.prepare import PREPARED, prepare
 from trainers.comparison.table import Table
 from trainers.config import TrainConfig
 from trainers.entry import resolve_recipe, run_hash
 
 FILE = "comparison.json"
+OUT = Path("runs/methods")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,25 +49,32 @@ class Run:
         return f"{self.method}/seed_{self.seed}"
 
 
-def plan(table: Table) -> list[Run]:
+def plan(table: Table, out: Path = OUT) -> list[Run]:
     """All runs, seed by seed so that a comparison cut short holds every method.
+
+    Args:
+        out: where the comparison is kept; rows that train on prepared data name it.
 
     Raises:
         ConfigError, AssetError: a row that could not be trained, named.
     """
-    return [_run(table, name, seed) for seed in table.seeds for name in table.methods]
+    return [_run(table, name, seed, out) for seed in table.seeds for name in table.methods]
 
 
-def _run(table: Table, name: str, seed: int) -> Run:
+def _run(table: Table, name: str, seed: int, out: Path) -> Run:
     method = table.methods[name]
-    chosen = (*table.overrides, *method.overrides, *table.last, f"seed={seed}")
+    made = (out / PREPARED).as_posix()
+    own = tuple(o.replace("{out}", made) for o in method.overrides)
+    chosen = (*table.overrides, *own, *table.last, f"seed={seed}")
     budget = (f"max_nfe={table.nfe}", f"evaluation.every_nfe={-(-table.nfe // table.points)}")
     try:
         config = resolve_recipe(method.recipe, (*chosen, *budget))
     except ValueError as error:
         raise ConfigError(f"method {name}: {error}") from error
-    # A step costs at least its rollout, so these are more steps than the budget can pay for.
-    steps = math.ceil(table.nfe / (config.batch * config.rollout.steps)) + 1
+    # A step costs at least its rollout, or, where pictures are there already, a pass over each of
+    # their draws, so these are more steps than the budget can pay for.
+    least = config.rollout.steps if config.pairs is None else config.forward.draws
+    steps = math.ceil(table.nfe / (config.batch * least)) + 1
     overrides = (*chosen, *budget, f"steps={steps}")
     return Run(name, seed, method.recipe, overrides, replace(config, steps=steps))
 
@@ -98,9 +108,11 @@ def run_all(table: Table, out: Path, jobs: int = 1, threads: int = 1) -> dict[st
     Raises:
         ConfigError: before anything is run, where a row is unusable or ``out`` holds other runs.
     """
-    runs = plan(table)
+    runs = plan(table, out)
     states = {run.folder: state_of(run, out) for run in runs}
     errors: dict[str, str] = {}
+    if jobs:
+        _prepare(table, runs, out, threads, states, errors)
 
     def start(run: Run) -> subprocess.Popen[bytes]:
         _lend_base(run, runs, out)
@@ -112,6 +124,23 @@ def run_all(table: Table, out: Path, jobs: int = 1, threads: int = 1) -> dict[st
     return run_missing(
         runs, out / FILE, jobs, states=states, errors=errors, start=start, record=record
     )
+
+
+def _prepare(
+    table: Table, runs: Sequence[Run], out: Path, threads: int, states: dict[str, str],
+    errors: dict[str, str],
+) -> None:  # fmt: skip
+    """Make the data that unfinished runs train on; where that fails, so have they."""
+    for name in table.prepare:
+        needy = [r for r in runs if name in table.methods[r.method].needs]
+        waiting = [r.folder for r in needy if states[r.folder] != "finished"]
+        try:
+            if waiting:
+                prepare(name, table.prepare[name], out, threads)
+        except ConfigError as error:
+            say(str(error))
+            states.update(dict.fromkeys(waiting, "failed"))
+            errors.update(dict.fromkeys(waiting, str(error)))
 
 
 def _record(

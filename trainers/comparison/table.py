@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -37,6 +38,12 @@ class Method:
                 f"1 to {LONGEST_TITLE}"
             )
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What has to be prepared for this row, by name."""
+        data = (o for o in self.overrides if o.startswith("pairs.data="))
+        return tuple(name for o in data for name in re.findall(r"\{out\}/(\w+)", o))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Short:
@@ -47,11 +54,17 @@ class Short:
     seeds: tuple[int, ...]
     methods: tuple[str, ...]
     overrides: tuple[str, ...] = ()
+    prepare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """The whole comparison. ``claims`` are read by whoever decides them."""
+    """The whole comparison. ``claims`` are read by whoever decides them.
+
+    ``prepare`` are commands of ``mmalign``, by the name of what they make: data that rows train on,
+    made once, before the runs, in a folder that is added as ``--out``. A row names that folder as
+    ``{out}/NAME`` in its overrides. Arguments of ``short`` under the same name are added.
+    """
 
     nfe: int
     points: int
@@ -60,6 +73,7 @@ class Table:
     methods: Mapping[str, Method]
     claims: tuple[Mapping[str, Any], ...] = ()
     overrides: tuple[str, ...] = ()
+    prepare: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     short: Short | None = None
     last: tuple[str, ...] = field(default=())  # overrides after those of the rows
 
@@ -72,6 +86,10 @@ class Table:
         for name in (self.reference, *(self.short.methods if self.short else ())):
             if name not in self.methods:
                 raise unknown("method", name, self.methods)
+        for name, method in self.methods.items():
+            for made in method.needs:
+                if made not in self.prepare:
+                    raise unknown(f"data of method {name} (under prepare)", made, self.prepare)
         for claim in self.claims:
             for side in ("better", "than"):
                 if claim.get(side) not in self.methods:
@@ -106,18 +124,24 @@ def choose(
             raise ConfigError("this table has no section 'short'")
         dials = table.short
         last = (*table.last, *dials.overrides)
-        table = replace(table, nfe=dials.nfe, points=dials.points, seeds=dials.seeds, last=last)
+        prepare = {n: (*c, *dials.prepare.get(n, ())) for n, c in table.prepare.items()}
+        table = replace(
+            table, nfe=dials.nfe, points=dials.points, seeds=dials.seeds, last=last,
+            prepare=prepare,
+        )  # fmt: skip
         methods = methods or dials.methods
     for name in methods:
         if name not in table.methods:
             raise unknown("method", name, table.methods)
     wanted = tuple(dict.fromkeys(methods)) or tuple(table.methods)
+    needed = {made for name in wanted for made in table.methods[name].needs}
     return replace(
         table,
         nfe=nfe or table.nfe,
         seeds=tuple(seeds) or table.seeds,
         reference=table.reference if table.reference in wanted else wanted[0],
         methods={name: table.methods[name] for name in wanted},
+        prepare={name: table.prepare[name] for name in table.prepare if name in needed},
         claims=tuple(c for c in table.claims if {c["better"], c["than"]} <= set(wanted)),
         short=None,
     )

@@ -246,6 +246,10 @@ class PairSource(Rollouts):
 
 def build_rollouts(config: TrainConfig, *arguments: Any) -> Rollouts:
     """Where the samples of a run come from: the policy, or the recipe's ``pairs``."""
+    if config.algorithm == "rpo":
+        from trainers.preferences.subject_pairs import SubjectPairs
+
+        return SubjectPairs(config, *arguments)
     if config.pairs is None:
         return Rollouts(config, *arguments)
     if config.algorithm == "sail":

@@ -152,6 +152,18 @@ CARDS: tuple[tuple[str, RewardInfo], ...] = (
         ),
     ),
     (
+        "vision_rewards.subject:LambdaHarmonic",
+        RewardInfo(
+            name="lambda_harmonic",
+            differentiable=True,
+            needs=("prompt", "reference"),
+            range=(0.0, 1.0),
+            summary="harmonic mean of likeness to a subject and fidelity to the text (RPO)",
+            source="RPO, Miao et al. 2024, arXiv:2407.12164",
+            licence="those of its two parts, clip_i and clip_score by default",
+        ),
+    ),
+    (
         "vision_rewards.safety:NsfwClassifier",
         RewardInfo(
             name="nsfw",

@@ -97,6 +97,31 @@ CARDS: tuple[tuple[str, RewardInfo], ...] = (
         ),
     ),
     (
+        "vision_rewards.judge.checklist:ChecklistJudge",
+        RewardInfo(
+            name="checklist_judge",
+            range=(0.0, 1.0),
+            summary="share of given test points that are met, as UniGenBench's judges answer",
+            source="UniGenBench, Wang et al. 2025, arXiv:2510.18701",
+            licence="see the model's page (base model: Qwen licence)",
+            checkpoint="CodeGoat24/UniGenBench-EvalModel-qwen-72b-v1",
+            parameters=73410.0,
+        ),
+    ),
+    (
+        "vision_rewards.judge.video:VideoJudge",
+        RewardInfo(
+            name="video_judge",
+            media=("image", "video"),
+            range=(0.0, 1.0),
+            summary="a vision-language model scores the criteria of a rubric on frames of a video",
+            source="after VideoScore2, He et al. 2025, arXiv:2509.22799; rubrics: assets/rubrics",
+            licence=_QWEN_LICENCE,
+            checkpoint=_QWEN,
+            parameters=8292.0,
+        ),
+    ),
+    (
         "vision_rewards.judge.edit_score:EditScore",
         RewardInfo(
             name="edit_score",

@@ -130,10 +130,31 @@ def test_get_command_fetches_all_files_of_a_benchmark(
     assert cached("drawbench") == tmp_path / "drawbench"
     kept = json.loads((tmp_path / "drawbench" / COMPLETE).read_text())
     assert kept["sha256"] == {"test.txt": digest}
+    assert kept["accepted_by_user"] == ["test.txt"]
     # From here on without a network.
     assert get("drawbench", mirror="http://127.0.0.1:9") == tmp_path / "drawbench"
     assert main(["data", "list"]) == 0
     assert str(tmp_path / "drawbench") in capsys.readouterr().out
+
+
+def test_a_file_is_held_to_the_digest_that_was_accepted(tmp_path: Path) -> None:
+    source = SOURCES["drawbench"].files[0]
+    with serve_files({urlsplit(source.url).path: b"a prompt\n"}) as server:
+        digest = hashlib.sha256(b"a prompt\n").hexdigest()
+        folder = get("drawbench", tmp_path, accept=[digest], mirror=server.url)
+    (folder / source.name).write_bytes(b"another prompt\n")
+    with pytest.raises(DownloadError, match=f"expected sha256 {digest}.*delete it"):
+        get("drawbench", tmp_path)
+    (folder / COMPLETE).write_text("{")
+    with pytest.raises(DownloadError, match=r"cannot be read.*delete"):
+        get("drawbench", tmp_path)
+
+
+def test_what_is_not_known_in_advance_is_said() -> None:
+    said = {name: source.checked for name, source in SOURCES.items()}
+    assert said["geneval"] == said["parti"] == said["inception"] == "all"
+    assert said["t2i_compbench"] == "8 of 10"  # of a commit: they cannot change
+    assert said["wise"] == "0 of 3, may change" and said["dreambench"] == "by hand"
 
 
 def test_files_of_known_digest_come_first(tmp_path: Path) -> None:

@@ -74,6 +74,8 @@ def test_wise_value_is_the_wiscore_and_the_judge_reads_the_explanation(
     chat.respond = lambda c: json.dumps({"correct": {"reason": "seen", "score": 1}})
     benchmark = Wise(tmp_path, variant="verified", reward=judge(chat, "rubric_judge"))
     assert benchmark.judge(pictures(1), benchmark.requests()).value.tolist() == [1.0]
+    with pytest.raises(ValueError, match="gives no part 'consistency'"):
+        Wise(tmp_path, reward="sharpness").judge(pictures(1), benchmark.requests())
 
 
 def test_dpg_through_the_harness_with_the_shipped_language_model(
@@ -200,8 +202,10 @@ def test_rendered_scenes_pass_and_others_fail() -> None:
     rng = random.Random(0)
     right = [render(sample_scene(parse(r.prompt), rng)) for r in requests]
     score = benchmark.judge(Media.from_pil(right), requests)
-    assert score.parts["exact"].mean() == 1.0
-    assert score.value[score.valid].mean() > 0.8
+    assert score.parts["exact"].mean() == 1.0 and score.valid.all()
+    # GenEval asks a distance between centres that close neighbours do not keep.
+    placed = torch.tensor([r.task == "position" for r in requests])
+    assert score.value[~placed].mean() > 0.94 and score.value[placed].mean() > 0.4
     wrong = right[1:] + right[:1]
     score = benchmark.judge(Media.from_pil(wrong), requests)
     agree = (score.value == score.parts["exact"])[score.valid]

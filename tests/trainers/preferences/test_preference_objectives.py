@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from noised_pairs import batch, gradient
 
 from mmalign.config import ConfigError
 from mmalign.sampling import process
@@ -23,22 +24,6 @@ from trainers.preferences.pairwise import ANCHOR, Refresh
 PAIRS = [DiffusionDpo(beta=3.0), DiffusionDpo(beta=3.0, form="hinge"), Ipo(beta=3.0, tau=0.2)]
 
 
-def batch(same: bool = False, kind: str = "flow", **changes) -> ForwardBatch:
-    """Three pairs of six latents, winner first, level and noise shared in a pair."""
-    generator = torch.Generator().manual_seed(4)
-    clean = torch.randn(6, 1, 2, 3, generator=generator)
-    velocity, reference = torch.randn(2, 6, 1, 2, 3, generator=generator).unbind(0)
-    noise = torch.randn(3, 1, 2, 3, generator=generator).repeat_interleave(2, 0)
-    sigma = torch.tensor([0.1, 0.5, 0.9]).repeat_interleave(2)
-    values = {
-        "clean": clean, "noise": noise, "sigma": sigma,
-        "noised": process.noised(kind, clean, noise, sigma), "velocity": velocity.requires_grad_(),
-        "advantage": torch.tensor([1.0, -1.0] * 3), "parameterisation": kind,
-        "others": dict.fromkeys(("reference", ANCHOR), velocity.detach() if same else reference),
-    }  # fmt: skip
-    return ForwardBatch(**{**values, **changes})
-
-
 def swapped(b: ForwardBatch) -> ForwardBatch:
     """Loser and winner in each other's place, everything else as it was."""
     order = torch.tensor([1, 0, 3, 2, 5, 4])
@@ -50,10 +35,6 @@ def swapped(b: ForwardBatch) -> ForwardBatch:
 def constant(value: float) -> torch.Tensor:
     """The same for each pair."""
     return torch.full((3,), value, dtype=torch.float64)
-
-
-def gradient(loss: torch.Tensor, b: ForwardBatch) -> torch.Tensor:
-    return torch.autograd.grad(loss.sum(), b.velocity)[0]
 
 
 # --- DPO ------------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Few-step generators: distillation of the model before training, with and without a reward."""
