@@ -18,6 +18,7 @@ from mmalign.assets import assets_root, shipped_recipes
 EXTRAS: dict[str, tuple[str, ...]] = {
     "dev": (
         "pytest",
+        "pytest-xdist",
         "ruff",
         "mypy",
         "types-PyYAML",

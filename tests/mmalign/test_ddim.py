@@ -240,13 +240,13 @@ def test_kernels_fit_parameterisations(kind, tiny_policy):
     bound = fitted(DdimKernel(eta=0.3), policy)
     assert bound == DdimKernel(eta=0.3, parameterisation=kind) and isinstance(bound, Kernel)
     for kernel in (OdeKernel(), CpsKernel(), FlowSdeKernel()):
-        with pytest.raises(KernelMismatchError, match=rf"model-x predicts {kind}; .* fit: ddim$"):
+        with pytest.raises(KernelMismatchError, match=rf"x predicts {kind}; .* consistency, ddim$"):
             fitted(kernel, policy)
         assert fitted(kernel, tiny_policy) is kernel
     with pytest.raises(KernelMismatchError, match=r"epsilon and v models.*flow_sde"):
         fitted(DdimKernel(), tiny_policy)
     assert not deterministic(kind).stochastic and isinstance(deterministic("flow"), OdeKernel)
-    assert kernels_for(kind) == ("ddim",) and "ddim" not in kernels_for("flow")
+    assert kernels_for(kind) == ("consistency", "ddim") and "ddim" not in kernels_for("flow")
 
 
 def test_bad_options():
