@@ -18,6 +18,7 @@ from eval.statistics import Interval
 from mmalign.runtime.log import read_jsonl
 
 FILE = "comparison.json"
+TIMING = "timing.json"  # seconds of a row that was run alone
 
 
 @dataclass(frozen=True)
@@ -213,10 +214,22 @@ def _read_run(folder: Path, seed: int) -> RunCurve:
 
 
 def _read_points(folder: Path, seed: int, points: Sequence[Mapping[str, Any]]) -> RunCurve:
-    """A run that names its evaluations and what each of them cost."""
+    """A run that names its evaluations and what each of them cost; seconds are those taken alone,
+    where there are any."""
+    alone = _timed(folder.parent)
+    points = [{**p, **alone.get(p["spot"], {})} for p in points]
     results = [EvalResult.load(folder / "eval" / p["spot"] / "result.json") for p in points]
     nfe, seconds = (np.array([p[unit] for p in points], float) for unit in ("nfe", "seconds"))
     return RunCurve(seed, 0, nfe, seconds, tuple(results), tuple(points))
+
+
+def _timed(row: Path) -> dict[str, dict[str, float]]:
+    """What a prompt took at each spot when the row was timed alone; empty where it was not."""
+    file = row / TIMING
+    if not file.is_file():
+        return {}
+    points = json.loads(file.read_text(encoding="utf-8"))["points"]
+    return {p["spot"]: {unit: p[unit] for unit in ("seconds", "working")} for p in points}
 
 
 def _resampled(grid: np.ndarray, nfe: np.ndarray, values: np.ndarray) -> np.ndarray:

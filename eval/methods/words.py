@@ -220,7 +220,7 @@ STEERING = Words(
         "The strict verdict and the judges took no part in steering. Where the reward that steers "
         "is partial credit of the same verifier, its strict verdict is not independent of it.",
         "Between two budgets curves are interpolated. NFE counts both branches of guidance but no "
-        "backward pass; seconds count all of it.",
+        "backward pass; seconds count all of it, and are those of a process that ran alone.",
         "Own overhead: seconds beyond network, decoder, reward and gradients, over the seconds of "
         "those. Scheduler steps and drawing noise count as overhead, which a bare pipeline has "
         "too.",

@@ -79,10 +79,9 @@ class One:
 
     def go(self) -> None:
         """Make what is missing, then write ``run.json``."""
-        spots: list[tuple[str, Point | None]] = [("bare", None)]
-        spots += [(f"nfe_{point.nfe:06d}", point) for point in self.spec.points]
         points = []
-        for spot, point in spots:
+        for point in (None, *self.spec.points):
+            spot = spot_of(point)
             result = self._finished(spot) or self._make(spot, point)
             points.append({"spot": spot, **result.provenance["spent"]})
             nfe, seconds = points[-1]["nfe"], points[-1]["seconds"]
@@ -107,13 +106,13 @@ class One:
         bills: list[Spent] = []
         for sample, group in _rounds(self.requests):
             seed = FIRST_SEED * (sample + 1) + self.spec.seed
-            media, spent = self._pictures(group, seed, point)
+            media, spent = self.pictures(group, seed, point)
             bills.append(spent)
             rows += self._judged(group, seed, media, images)
         order = {request.key: i for i, request in enumerate(self.requests)}
         return self._keep(spot, sorted(rows, key=lambda r: order[r.key]), images, bills)
 
-    def _pictures(
+    def pictures(
         self, group: Sequence[Request], seed: int, point: Point | None
     ) -> tuple[Media, Spent]:
         """The chosen pictures; without a budget those of the bare pipeline's first noises."""
@@ -168,6 +167,11 @@ class One:
                 image.save(partial / "images" / f"{key}.png")
             result.save(partial / "result.json")
         return EvalResult.load(target / "result.json")
+
+
+def spot_of(point: Point | None) -> str:
+    """What the evaluation at a budget, or of the bare pipeline, is called."""
+    return "bare" if point is None else f"nfe_{point.nfe:06d}"
 
 
 def read_spec(folder: Path) -> Spec:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.steering.one import RECORD, Point, Spec, read_spec, write_spec
 from eval.steering.table import TUNED, Row, Table
+from eval.steering.timing import Timing, time_missing
 from mmalign.config import ConfigError, from_dict
 from mmalign.registry import REWARDS, unknown
 from mmalign.runtime.files import make_directory
+from mmalign.runtime.log import say
 from mmalign.runtime.workers import listed, run_missing, start_python
 from mmalign.steering import build_steerer
 
@@ -127,9 +129,21 @@ def run_all(table: Table, out: Path, jobs: int = 1, threads: int = 1) -> dict[st
         own = {**asdict(table), "methods": _rows(table), "runs": listed(runs, states, errors)}
         return {"format": 1, "kind": "steering", "threads": threads, **own}
 
-    return run_missing(
+    found = run_missing(
         runs, out / FILE, jobs, states=states, errors=errors, start=start, record=record
     )
+    if jobs:
+        _time(runs, out, states, threads)
+    return found
+
+
+def _time(runs: Sequence[Run], out: Path, states: Mapping[str, str], threads: int) -> None:
+    """Seconds of every row with a finished run, taken alone; failures only leave those of runs."""
+    rows = {run.method: run for run in reversed(runs) if states[run.folder] == "finished"}
+    errors: dict[str, str] = {}
+    time_missing([Timing(name, run.spec) for name, run in rows.items()], out, threads, errors)
+    for name, error in errors.items():
+        say(f"{name} could not be timed alone, the seconds of its runs are shown: {error}")
 
 
 def _rows(table: Table) -> Mapping[str, Any]:

@@ -20,6 +20,7 @@ from eval.steering.one import One, read_spec, write_spec
 from eval.steering.runner import plan, run_all, state_of
 from eval.steering.table import Model, choose, read_table
 from eval.steering.table import Row as Method
+from eval.steering.timing import Timing, _done
 from mmalign.cli import main
 from mmalign.config import ConfigError
 from mmalign.registry import STEERERS, UnknownNameError
@@ -306,3 +307,31 @@ def test_options_that_do_not_belong_here(options, said, capsys, tmp_path):
     assert main(["bench", "steering", *options, "--out", str(tmp_path / "out")]) != 0
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+# --- seconds ----------------------------------------------------------------------------------
+
+
+def test_rows_are_timed_alone_once_and_their_seconds_are_shown(finished, capfd):
+    out, _ = finished
+    assert {f.parent.name for f in out.glob("*/timing.json")} == {"best_of_n", "fk"}
+    kept = json.loads((out / "fk/timing.json").read_text())
+    spots = ["bare", "nfe_000004", "nfe_000008"]
+    assert [p["spot"] for p in kept["points"]] == spots and kept["spec"]["method"] == "fk"
+    assert all(p["seconds"] >= p["working"] > 0 for p in kept["points"])
+    assert [p["nfe"] for p in kept["points"]] == [2, 4, 8]
+    run = read_comparison(out).methods["fk"].runs[0]
+    assert run.seconds.tolist() == [p["seconds"] for p in kept["points"]]
+    own = [p["seconds"] for p in json.loads((out / "fk/seed_0/run.json").read_text())["points"]]
+    assert run.seconds.tolist() != own
+    capfd.readouterr()
+    run_all(replace(small_table(), seeds=(0,)), out)  # tries what failed, times nothing again
+    assert "timed alone" not in capfd.readouterr().err
+
+
+def test_other_options_are_timed_anew(finished, tmp_path):
+    out, _ = finished
+    run = next(r for r in plan(small_table()) if r.method == "fk")
+    assert _done(Timing("fk", run.spec), out)
+    assert not _done(Timing("fk", replace(run.spec, steps=3)), out)
+    assert not _done(Timing("fk", run.spec), tmp_path)
