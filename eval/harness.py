@@ -95,7 +95,7 @@ def run_benchmark(
     if measures_policies(benchmark):
         return time_policy(
             policy, benchmark, out, steps=steps, guidance_scale=guidance_scale, dtype=dtype,
-            batch_size=batch_size, workers=workers, label=label,
+            batch_size=batch_size, workers=workers, label=label, progress=progress,
         )  # fmt: skip
     check_kind(policy, benchmark)
     check_kept(benchmark, out is not None and save_images)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from eval.statistics import bootstrap_mean
 from eval.timing import Timed
 from mmalign.protocols import Policy, Request
 from mmalign.runtime.measure import Memory, timed
+from mmalign.runtime.progress import track
 from mmalign.sampling.generate import autocast, generate, integrate, renoised
 from mmalign.shapes import TASKS, prompts
 from mmalign.types import Media, Score
@@ -82,6 +84,7 @@ class Efficiency:
         steps: int | None = None,
         guidance_scale: float | None = None,
         dtype: torch.dtype | None = None,
+        progress: bool = False,
     ) -> Timed:
         """Measure ``policy`` with batches of ``batch_size`` pictures."""
         began = time.perf_counter()
@@ -89,10 +92,15 @@ class Efficiency:
         memory = [Memory(policy.device)]
         if policy.device.type == "cuda":
             memory.append(Memory(torch.device("cpu")))
-        batch = self._clock(lambda: run.end_to_end(batch_size), policy.device)
-        peaks = {_MEMORY[m.kind]: m.peak() / GB for m in memory}
-        network = self._clock(run.network_only(batch_size), policy.device)
-        single = self._clock(lambda: run.end_to_end(1), policy.device)
+        with track("efficiency", 3 * (self._repeats + self._warmup), 0, progress) as advance:
+            clock = partial(
+                timed, repeats=self._repeats, device=policy.device, warmup=self._warmup,
+                advance=advance,
+            )  # fmt: skip
+            batch = clock(lambda: run.end_to_end(batch_size))
+            peaks = {_MEMORY[m.kind]: m.peak() / GB for m in memory}
+            network = clock(run.network_only(batch_size))
+            single = clock(lambda: run.end_to_end(1))
         rates = [batch_size / s for s in batch]
         nfe = run.spent / run.pictures
         clocked = {
@@ -109,9 +117,6 @@ class Efficiency:
             seconds=time.perf_counter() - began,
             nfe=run.spent + nfe * batch_size * (self._repeats + self._warmup),
         )
-
-    def _clock(self, call: Callable[[], Any], device: torch.device) -> list[float]:
-        return timed(call, self._repeats, device, self._warmup)
 
 
 class _Run:

@@ -46,11 +46,14 @@ class Memory:
 
 
 def timed(
-    run: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 1
-) -> list[float]:
-    """Seconds of ``repeats`` calls, after ``warmup`` that do not count."""
+    run: Callable[[], Any], repeats: int, device: torch.device, warmup: int = 1,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> list[float]:  # fmt: skip
+    """Seconds of ``repeats`` calls, after ``warmup`` that do not count; ``advance(1)`` is called
+    after each of them, off the clock."""
     for _ in range(warmup):
         run()
+        advance(1)
     seconds = []
     for _ in range(repeats):
         _synchronise(device)
@@ -58,6 +61,7 @@ def timed(
         run()
         _synchronise(device)
         seconds.append(time.perf_counter() - start)
+        advance(1)
     return seconds
 
 

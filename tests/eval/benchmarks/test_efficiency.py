@@ -25,6 +25,15 @@ def measured(tmp_path_factory) -> Path:
     return out
 
 
+def test_rounds_are_counted_while_they_run(tmp_path: Path, capfd) -> None:
+    command = ["evaluate", "--policy", "shapes-flow", "--benchmark", "efficiency", "--steps", "1",
+               "--batch-size", "1", "-o", "repeats=2", "--no-report"]  # fmt: skip
+    assert main([*command, "--out", str(tmp_path / "told")]) == 0
+    assert "efficiency: 9/9" in capfd.readouterr().err
+    assert main([*command, "--quiet", "--out", str(tmp_path / "quiet")]) == 0
+    assert "efficiency: " not in capfd.readouterr().err
+
+
 def test_numbers_of_a_generator(measured: Path) -> None:
     result = EvalResult.load(measured / "result.json")
     numbers = result.numbers
