@@ -107,6 +107,9 @@ POLICIES.add("sdxl", "mmalign.policies.sdxl:SDXLPolicy", "Stable Diffusion XL cl
 POLICIES.add("flux", "mmalign.policies.flux:FluxPolicy", "FLUX.1 class flow models")
 POLICIES.add("wan", "mmalign.policies.wan:WanPolicy", "Wan 2.1 class flow models of videos")
 POLICIES.add("sd3", "mmalign.policies.sd3:SD3Policy", "Stable Diffusion 3 / 3.5 class flow models")
+POLICIES.add(
+    "sd3_control", "mmalign.policies.control:SD3ControlPolicy", "a ControlNet on Stable Diffusion 3"
+)
 OBJECTIVES.add("flow_grpo", "trainers.flow_grpo:FlowGrpo", "clipped policy gradient per step")
 for _name, _target, _summary in (
     ("dense_grpo", "trainers.dense_grpo:DenseGrpo", "each step credited with the reward it gained"),
@@ -175,6 +178,7 @@ for _name, _target, _summary in (
     ("drtune", "drtune:DrTune", "reward gradient through a few steps, inputs held constant"),
     ("surrogate", "surrogate:Surrogate", "the same along a surrogate trajectory, with a bridge"),
     ("partial", "partial:Partial", "reward gradient through edits of noised pictures"),
+    ("ctrl_u", "ctrl_u:CtrlU", "a ControlNet's condition found again, weighed by uncertainty"),
 ):
     OBJECTIVES.add(_name, f"trainers.gradient.{_target}", _summary)
 STEERERS.add("best_of_n", "mmalign.steering.best_of_n:BestOfN", "sample N, keep the best")

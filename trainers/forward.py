@@ -200,6 +200,8 @@ class Noising:
 
         ``known`` holds predictions of this very draw under other versions of the weights.
         """
+        if hasattr(self.objective, "conditioned"):
+            rollout = self.objective.conditioned(self.policy, rollout)
         sigma, noise = self.draw(rollout, index)
         kind, inverting = self.policy.parameterisation, 0
         if hasattr(self.objective, "implied"):
@@ -229,7 +231,7 @@ class Noising:
         seeds = self._seeds(rollout, torch.as_tensor(index).cpu().expand(len(rollout)))
         return Probe(
             self.policy, self.model, rollout.prompts, rollout.conditioning, tuple(seeds),
-            self.dtype, self.companion,
+            self.dtype, self.companion, version=rollout.policy_version,
         )  # fmt: skip
 
     def _scale(self, rollout: Rollout) -> float:

@@ -189,6 +189,8 @@ def _gradient(trainer: Trainer, rollout: Rollout) -> Check:
         for n, p in named
         if "lora_A" not in n and (p.grad is None or not bool(p.grad.abs().max() > 0))
     ]
+    if getattr(trainer.policy, "zero_start", False) and len(dead) < len(named):
+        dead = []  # layers of zeros hide the others until the first update
     detail = f"{len(named)} trainable tensors, {sum(p.numel() for _, p in named):,} values"
     if not named or dead:
         shown = ", ".join(dead[:4]) or "nothing is trainable"

@@ -29,6 +29,7 @@ class Probe:
         keys: a seed for each, of sample and draw alone.
         companion: the run's :class:`~trainers.companion.Companion`, or ``None``.
         nfe: network evaluations made so far.
+        version: updates of the weights before this one's rollout.
     """
 
     policy: Policy
@@ -39,6 +40,7 @@ class Probe:
     dtype: torch.dtype | None = None
     companion: Any = None
     nfe: int = 0
+    version: int = 0
 
     @torch.no_grad()
     def predict(self, version: str, x: Tensor, sigma: Tensor, *, prompted: bool = True) -> Tensor:
@@ -54,9 +56,14 @@ class Probe:
         with self.model.version(version):
             return self.call(x, sigma, prompted=prompted)
 
-    def call(self, x: Tensor, sigma: Tensor, *, prompted: bool = True) -> Tensor:
-        """The same under the weights as they are, with whatever grad mode is on."""
-        given = self.conditioning
+    def call(
+        self, x: Tensor, sigma: Tensor, *, prompted: bool = True, rows: Tensor | None = None
+    ) -> Tensor:
+        """The same under the weights as they are, with whatever grad mode is on.
+
+        ``rows`` are the draws that ``x`` and ``sigma`` belong to, where those are not all.
+        """
+        given = self.conditioning if rows is None else self.conditioning[rows]
         if not prompted:
             if given.negative is None:
                 raise ValueError(f"{self.policy.name} has no unconditional branch to guide with")

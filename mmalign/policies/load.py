@@ -23,17 +23,21 @@ TINY = {
     "tiny-sd3": "mmalign.policies.build:tiny_pipeline",
     "tiny-flux": "mmalign.policies.tiny:tiny_flux",
     "tiny-wan": "mmalign.policies.tiny:tiny_wan",
+    "tiny-sd3-control": "mmalign.policies.control:tiny_control",
 }
+# What is put together on the spot.
+BUILT = {**TINY, "shapes-control": "mmalign.policies.control:shapes_control"}
 # Shipped with the package: short name -> folder under assets/.
 SHIPPED = {
     "shapes-flow": "shapes-flow",
     "shapes-turbo": "shapes-turbo",
-    **dict.fromkeys(TINY, ""),
+    **dict.fromkeys(BUILT, ""),
 }
 _FAMILIES = {
     "StableDiffusionPipeline": "sd",
     "StableDiffusionXLPipeline": "sdxl",
     "StableDiffusion3Pipeline": "sd3",
+    "StableDiffusion3ControlNetPipeline": "sd3_control",
     "FluxPipeline": "flux",
     "WanPipeline": "wan",
 }
@@ -112,8 +116,8 @@ def policy_on(source: Any, device: str = "auto", lora: str | Path | None = None)
 
 def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """Load a stock pipeline by shipped name, folder or hub name."""
-    if name in TINY:
-        module, attribute = TINY[name].split(":")
+    if name in BUILT:
+        module, attribute = BUILT[name].split(":")
         return getattr(importlib.import_module(module), attribute)()
     folder = Path(asset(SHIPPED[name]) if name in SHIPPED else name)
     if folder.is_dir():

@@ -15,7 +15,7 @@ from mmalign.registry import UnknownNameError
 from mmalign.runtime.log import read_jsonl
 from trainers import entry
 from trainers.comparison.prepare import prepare
-from trainers.comparison.runner import plan, run_all, state_of
+from trainers.comparison.runner import _base, plan, run_all, state_of
 from trainers.comparison.table import Method, Table, choose, read_table
 
 STEP = 40  # evaluations of a step of the cheap recipe: 8 images, 3 steps, 2 of them trained
@@ -83,8 +83,12 @@ def test_every_shipped_row_is_a_run_that_could_start():
         config = run.config
         assert config.max_nfe == table.nfe and config.seed == run.seed
         assert config.steps * config.batch * config.rollout.steps > table.nfe
-    # One base model and one set of pictures, or curves would not start at one point.
-    assert len({(r.config.policy, r.config.evaluation) for r in runs}) == 1
+    # One base model and one set of pictures, or curves would not start at one point; a few-step
+    # student alone is judged in the steps that it is made for.
+    shared = {(r.config.policy, replace(r.config.evaluation, steps=None)) for r in runs}
+    assert len(shared) == 1
+    few = {r.method: r.config.evaluation.steps for r in runs if r.config.evaluation.steps != 8}
+    assert few == {"lcd": 4, "dmd": 4, "r0": 4, "rg_lcd": 2, "lcd_two": 2, "rg_lcd_pixels": 2}
     for method in table.methods.values():
         assert method.control or (method.claim and method.paper)
 
@@ -116,6 +120,17 @@ def test_rows_on_pairs_train_on_what_is_prepared():
     row = Method(title="t", recipe="shapes_dpo", overrides=('pairs.data="{out}/pears"',))
     with pytest.raises(UnknownNameError, match="'pears'"):
         replace(table, methods={**table.methods, "t": row})
+
+
+def test_a_base_is_lent_where_it_is_sampled_alike():
+    """Of two students of four steps, one steps along the path and one noises afresh."""
+    runs = {r.method: r for r in plan(choose(read_table(), ["draft", "flow_grpo", "lcd", "dmd"]))}
+    assert _base(runs["draft"]) == _base(runs["flow_grpo"])
+    assert _base(runs["lcd"]) != _base(runs["dmd"])
+    assert _base(runs["lcd"])[:-1] == _base(runs["dmd"])[:-1]
+    # ReFL's chains end early: steps must outlast a budget that each of them spends little of.
+    least = plan(choose(read_table(), ["refl"], [0]))[0].config
+    assert least.panel is None and least.steps * least.batch * 2 > least.max_nfe
 
 
 def test_rows_without_pairs_are_the_runs_they_were():

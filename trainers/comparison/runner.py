@@ -23,6 +23,7 @@ from trainers.comparison.prepare import PREPARED, prepare
 from trainers.comparison.table import Table
 from trainers.config import TrainConfig
 from trainers.entry import resolve_recipe, run_hash
+from trainers.objective import build_objective, process_of
 
 FILE = "comparison.json"
 OUT = Path("runs/methods")
@@ -69,14 +70,28 @@ def _run(table: Table, name: str, seed: int, out: Path) -> Run:
     budget = (f"max_nfe={table.nfe}", f"evaluation.every_nfe={-(-table.nfe // table.points)}")
     try:
         config = resolve_recipe(method.recipe, (*chosen, *budget))
+        least = _least(config)
     except ValueError as error:
         raise ConfigError(f"method {name}: {error}") from error
-    # A step costs at least its rollout, or, where pictures are there already, a pass over each of
-    # their draws, so these are more steps than the budget can pay for.
-    least = config.rollout.steps if config.pairs is None else config.forward.draws
+    # More steps than the budget can pay for.
     steps = math.ceil(table.nfe / (config.batch * least)) + 1
     overrides = (*chosen, *budget, f"steps={steps}")
     return Run(name, seed, method.recipe, overrides, replace(config, steps=steps))
+
+
+def _least(config: TrainConfig) -> int:
+    """Evaluations that a step costs at least for each picture.
+
+    Its rollout; where pictures are there already, a pass over each of their draws; and where the
+    reward's gradient is followed, whose chains may end early, one.
+    """
+    if process_of(_objective(config)) == "gradient":
+        return 1
+    return config.rollout.steps if config.pairs is None else config.forward.draws
+
+
+def _objective(config: TrainConfig) -> Any:
+    return build_objective(config.algorithm, dict(config.objective))
 
 
 def state_of(run: Run, out: Path) -> str:
@@ -180,7 +195,10 @@ def _lend_base(run: Run, runs: Sequence[Run], out: Path) -> None:
 def _base(run: Run) -> tuple[Any, ...]:
     c = run.config
     how = (c.model.adapter, c.model.precision, c.model.attention, c.rollout.size, c.device)
-    return (c.policy, *how, c.evaluation)
+    # Some few-step students are sampled by noising afresh, before training too.
+    objective = _objective(c)
+    student = objective.student(c)["renoise"] if hasattr(objective, "student") else None
+    return (c.policy, *how, c.evaluation, student)
 
 
 def _json(path: Path) -> dict[str, Any]:
