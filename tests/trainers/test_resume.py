@@ -120,7 +120,7 @@ def killed(kit, tmp_path_factory) -> SimpleNamespace:
     left = [p.name for p in checkpoint.existing(folder / "checkpoints")]
     logged = [r["step"] for r in read_jsonl(folder / "metrics.jsonl")]
     again = launch(config, pause=0.0)
-    _, errors = again.communicate(timeout=120)
+    _, errors = again.communicate(timeout=600)
     assert again.returncode == 0, errors
     torch.set_num_threads(1)
     whole = entry.train(recipe(kit, base / "whole"), reward=kit.brightness)

@@ -161,7 +161,7 @@ def pair(kit, tmp_path_factory) -> SimpleNamespace:
     options += ["--mixed_precision", "no", "--dynamo_backend", "no"]
     options += ["--main_process_port", str(free_port())]
     command = [sys.executable, "-m", launcher, *options, str(script), *map(str, files)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     *others, even = recipes(kit, one)
     for config in others:

@@ -285,7 +285,7 @@ def launched(folder: Path, processes: int, level: float, files: list[Path]) -> N
     root = str(Path(entry.__file__).resolve().parents[1])
     env = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     command += [str(script), str(level), *map(str, files)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
