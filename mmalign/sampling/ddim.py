@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mmalign.protocols import Parameterisation
-from mmalign.sampling.kernels import Reduce, gaussian_log_prob
+from mmalign.sampling.kernels import Reduce, transition
 from mmalign.sampling.process import coefficients, kept_signal, like, split
 from mmalign.types import Step
 
@@ -87,8 +87,6 @@ class DdimKernel:
                 "the ddim kernel with eta 0 has no log-probability, so its steps cannot be "
                 "replayed; set rollout.kernel_options eta above 0"
             )
-        if self.stochastic and (noise is None) == (x_next is None):
-            raise ValueError("give exactly one of noise (to sample) and x_next (to replay)")
         x0, eps = split(self.parameterisation, x, sigma, prediction)
         sigma, sigma_next = like(sigma, x), like(sigma_next, x)
         signal, _ = coefficients(self.parameterisation, sigma_next)
@@ -98,11 +96,4 @@ class DdimKernel:
         mean = signal * x0 + kept * eps
         if not self.stochastic:
             return Step(mean, mean, torch.zeros((), device=x.device), None, x0)
-        if x_next is None:
-            x_next = mean + std * noise  # type: ignore[operator]
-        # A zero deviation (the step to a clean picture) is a point mass: no density, not density 0.
-        density = bool((std > 0).all())
-        log_prob = (
-            gaussian_log_prob(x_next.detach(), mean, std, self.log_prob_reduce) if density else None
-        )
-        return Step(x_next, mean, std, log_prob, x0)
+        return transition(mean, std, x0, noise, x_next, self.log_prob_reduce)

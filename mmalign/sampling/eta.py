@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mmalign.protocols import Parameterisation
-from mmalign.sampling.kernels import gaussian_log_prob
+from mmalign.sampling.kernels import transition
 from mmalign.sampling.process import coefficients, like, split
 from mmalign.types import Step
 
@@ -62,14 +62,8 @@ class EtaKernel:
         x_next: Tensor | None = None,
     ) -> Step:
         """Draw the next state from ``noise``, or evaluate the density of a given ``x_next``."""
-        if (noise is None) == (x_next is None):
-            raise ValueError("give exactly one of noise (to sample) and x_next (to replay)")
         clean, found = split(self.parameterisation, x, sigma, prediction)
         signal, level = coefficients(self.parameterisation, like(sigma_next, x))
         std = self.deviation(sigma, sigma_next, x)
         mean = signal * clean + (level.square() - std.square()).clamp(min=0).sqrt() * found
-        if x_next is None:
-            x_next = mean + std * noise  # type: ignore[operator]
-        density = bool((std > 0).all())
-        log_prob = gaussian_log_prob(x_next.detach(), mean, std) if density else None
-        return Step(x_next, mean, std, log_prob, clean)
+        return transition(mean, std, clean, noise, x_next)

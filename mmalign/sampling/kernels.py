@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mmalign.registry import KERNELS
+from mmalign.sampling.process import like
 from mmalign.types import Step
 
 Reduce = Literal["mean", "sum"]
@@ -36,10 +37,31 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, std: Tensor, reduce: Reduce = "me
     return flat.mean(1) if reduce == "mean" else flat.sum(1)
 
 
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    """A scalar or ``(B,)`` tensor, shaped to broadcast against latents."""
-    value = value.to(x.device, torch.float32)
-    return value.reshape(-1, *([1] * (x.ndim - 1))) if value.ndim else value
+def transition(
+    mean: Tensor,
+    std: Tensor,
+    clean: Tensor,
+    noise: Tensor | None,
+    x_next: Tensor | None,
+    reduce: Reduce = "mean",
+) -> Step:
+    """A step to ``N(mean, std^2)``: drawn from ``noise``, or the density of a given ``x_next``.
+
+    Exactly one of ``noise`` and ``x_next`` must be given. The next state is detached inside the
+    density: the gradient flows through the mean and the deviation only.
+
+    Raises:
+        ValueError: both of them, or neither.
+    """
+    if (noise is None) == (x_next is None):
+        raise ValueError("give exactly one of noise (to sample) and x_next (to replay)")
+    if noise is not None:
+        x_next = mean + std * noise
+    assert x_next is not None
+    # A zero deviation (the step to a clean picture) is a point mass: no density, not density 0.
+    density = bool((std > 0).all())
+    log_prob = gaussian_log_prob(x_next.detach(), mean, std, reduce) if density else None
+    return Step(x_next, mean, std, log_prob, clean)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +90,7 @@ class OdeKernel:
                 "the ODE kernel has no log-probability, so its steps cannot be replayed; "
                 "record steps of a stochastic kernel (flow_sde, dance_sde, cps)"
             )
-        s, n = _like(sigma, x), _like(sigma_next, x)
+        s, n = like(sigma, x).float(), like(sigma_next, x).float()
         # Written as the stock scheduler writes it, so that results agree bit for bit.
         mean = x + (n - s) * prediction
         zero = torch.zeros((), device=x.device)
@@ -97,24 +119,11 @@ class _GaussianKernel:
         *,
         x_next: Tensor | None = None,
     ) -> Step:
-        """Draw the next state from ``noise``, or evaluate the density of a given ``x_next``.
-
-        Exactly one of ``noise`` and ``x_next`` must be given. The next state is detached inside
-        the density: the gradient flows through the mean and the deviation only.
-        """
-        if (noise is None) == (x_next is None):
-            raise ValueError("give exactly one of noise (to sample) and x_next (to replay)")
-        s, n = _like(sigma, x), _like(sigma_next, x)
+        """Draw the next state from ``noise``, or evaluate the density of a given ``x_next``."""
+        s, n = like(sigma, x).float(), like(sigma_next, x).float()
         mean, std = self.moments(x, s, n, prediction)
-        if noise is not None:
-            x_next = mean + std * noise
-        assert x_next is not None
-        # A zero deviation (the last step of CPS) is a point mass: no density, not density 0.
-        density = bool((std > 0).all())
-        log_prob = (
-            gaussian_log_prob(x_next.detach(), mean, std, self.log_prob_reduce) if density else None
-        )
-        return Step(x_next, mean, std, log_prob, x - s * prediction)
+        clean = x - s * prediction
+        return transition(mean, std, clean, noise, x_next, self.log_prob_reduce)
 
 
 def _sde_moments(

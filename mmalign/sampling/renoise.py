@@ -16,7 +16,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from mmalign.protocols import Parameterisation
-from mmalign.sampling.kernels import Reduce, gaussian_log_prob
+from mmalign.sampling.kernels import Reduce, transition
 from mmalign.sampling.process import coefficients, like, split
 from mmalign.types import Step
 
@@ -51,16 +51,7 @@ class ConsistencyKernel:
         x_next: Tensor | None = None,
     ) -> Step:
         """Draw the next state from ``noise``, or evaluate the density of a given ``x_next``."""
-        if (noise is None) == (x_next is None):
-            raise ValueError("give exactly one of noise (to sample) and x_next (to replay)")
         clean, _ = split(self.parameterisation, x, sigma, prediction)
         signal, std = coefficients(self.parameterisation, like(sigma_next, x))
         mean = signal * clean
-        if x_next is None:
-            x_next = mean + std * noise  # type: ignore[operator]
-        # The step to a clean picture is a point mass: no density, not density 0.
-        density = bool((std > 0).all())
-        log_prob = (
-            gaussian_log_prob(x_next.detach(), mean, std, self.log_prob_reduce) if density else None
-        )
-        return Step(x_next, mean, std, log_prob, clean)
+        return transition(mean, std, clean, noise, x_next, self.log_prob_reduce)

@@ -25,15 +25,6 @@ from mmalign.runtime.log import read_jsonl
 COMMAND = ["evaluate", "--policy", "shapes-flow", "--limit", "11", "--steps", "2", "--quiet"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the launched processes have."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def pictures(folder: Path) -> dict[str, bytes]:
     """The files of a result by name."""
     return {p.name: p.read_bytes() for p in (folder / "images").iterdir()}
