@@ -141,7 +141,8 @@ def _time(runs: Sequence[Run], out: Path, states: Mapping[str, str], threads: in
     """Seconds of every row with a finished run, taken alone; failures only leave those of runs."""
     rows = {run.method: run for run in reversed(runs) if states[run.folder] == "finished"}
     errors: dict[str, str] = {}
-    time_missing([Timing(name, run.spec) for name, run in rows.items()], out, threads, errors)
+    timings = [Timing(name, run.spec, run.folder) for name, run in rows.items()]
+    time_missing(timings, out, threads, errors)
     for name, error in errors.items():
         say(f"{name} could not be timed alone, the seconds of its runs are shown: {error}")
 

@@ -1,7 +1,7 @@
 """Times every row once more, alone: runs side by side slow each other down.
 
-``python -m eval.steering.timing FOLDER`` times what ``FOLDER/timing-spec.json`` says, at each of
-its budgets, on one prompt of each task, and writes ``FOLDER/timing.json``.
+``python -m eval.steering.timing FOLDER`` times the run in ``FOLDER`` at each of its budgets, on one
+prompt of each task, and writes ``timing.json`` beside that folder.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from eval.methods.read import TIMING
-from eval.steering.one import FIRST_SEED, One, Spec, spot_of
+from eval.steering.one import FIRST_SEED, One, Spec, read_spec, spot_of
 from mmalign.config import from_dict
-from mmalign.runtime.files import atomic_write_json, make_directory
+from mmalign.runtime.files import atomic_write_json
 from mmalign.runtime.workers import start_python, work
 
-SPEC = "timing-spec.json"
 UNITS = ("nfe", "seconds", "working")
 
 
 @dataclass(frozen=True, eq=False)
 class Timing:
-    """A row to be timed; its seed draws the noise."""
+    """A row to be timed by one of its finished runs, whose seed draws the noise."""
 
     method: str
     spec: Spec
+    run: str
 
     @property
     def name(self) -> str:
@@ -52,9 +52,8 @@ def time_missing(
     """
 
     def start(timing: Timing) -> subprocess.Popen[bytes]:
-        folder = make_directory(out / timing.folder)
-        atomic_write_json(folder / SPEC, asdict(timing.spec))
-        return start_python(["-m", "eval.steering.timing", str(folder)], folder, threads)
+        arguments = ["-m", "eval.steering.timing", str(out / timing.run)]
+        return start_python(arguments, out / timing.folder, threads)
 
     def keep(timing: Timing, error: str | None) -> None:
         if error:
@@ -86,11 +85,11 @@ def time_row(spec: Spec, folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    """Time what the folder on the command line asks for."""
+    """Time the run whose folder is on the command line."""
     folder = Path(sys.argv[1])
-    spec = from_dict(Spec, json.loads((folder / SPEC).read_text(encoding="utf-8")))
+    spec = read_spec(folder)
     points = time_row(spec, folder)
-    atomic_write_json(folder / TIMING, {"spec": asdict(spec), "points": points})
+    atomic_write_json(folder.parent / TIMING, {"spec": asdict(spec), "points": points})
 
 
 if __name__ == "__main__":

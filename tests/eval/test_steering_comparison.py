@@ -332,6 +332,6 @@ def test_rows_are_timed_alone_once_and_their_seconds_are_shown(finished, capfd):
 def test_other_options_are_timed_anew(finished, tmp_path):
     out, _ = finished
     run = next(r for r in plan(small_table()) if r.method == "fk")
-    assert _done(Timing("fk", run.spec), out)
-    assert not _done(Timing("fk", replace(run.spec, steps=3)), out)
-    assert not _done(Timing("fk", run.spec), tmp_path)
+    assert _done(Timing("fk", run.spec, run.folder), out)
+    assert not _done(Timing("fk", replace(run.spec, steps=3), run.folder), out)
+    assert not _done(Timing("fk", run.spec, run.folder), tmp_path)
