@@ -71,8 +71,8 @@ def run_benchmark(
         progress: show progress with time left on standard error.
         save_images: keep the pictures in ``out/images``.
         label: free text for reports, such as ``before``.
-        generate: sampling function; :func:`mmalign.sampling.generate` unless given. It is handed
-            ``dtype`` only where that is not ``None``.
+        generate: sampling function; the benchmark's own or :func:`mmalign.sampling.generate` unless
+            given. It is handed ``dtype`` only where that is not ``None``.
         pin: pictures of every network call, the last one filled up: pictures then have the same
             bits in any batch size and number of processes (on one kind of CPU). ``batch_size`` is
             rounded up to a multiple.
@@ -85,8 +85,8 @@ def run_benchmark(
     Raises:
         SettingsMismatchError: ``out`` holds an evaluation made with other settings.
         GapError: under ``strict``.
-        ValueError: ``batch_size`` below 1, keys that repeat or cannot be file names, or ``swap``
-            without pictures that are kept.
+        ValueError: ``batch_size`` below 1, keys that repeat or cannot be file names, ``swap``
+            without pictures that are kept, or a policy that the benchmark cannot measure.
     """
     if batch_size < 1 or (pin is not None and pin < 1):
         raise ValueError(f"batch_size must be 1 or more, got {batch_size} (pin: {pin})")
@@ -98,6 +98,8 @@ def run_benchmark(
             batch_size=batch_size, workers=workers, label=label, progress=progress,
         )  # fmt: skip
     check_kind(policy, benchmark)
+    if hasattr(benchmark, "check_policy"):
+        benchmark.check_policy(policy)
     check_kept(benchmark, out is not None and save_images)
     requests = benchmark.requests(limit)
     check_keys(requests)
@@ -108,7 +110,7 @@ def run_benchmark(
         batch_size = -(-batch_size // pin) * pin
     workers = workers or Workers()
     store = Store(None if out is None else Path(out), settings, save_images, workers=workers)
-    sampling = generate or _default_generate()
+    sampling = generate or getattr(benchmark, "generate", None) or _default_generate()
     source = Generated(policy, sampling, settings, dtype, pin, wanted_kind(benchmark))
     title = f"{benchmark.name} {label}".strip() if progress and workers.main else None
     run = Run(store, benchmark, source, batch_size, title)

@@ -311,6 +311,8 @@ class Benchmark(Protocol):
     its authors report, by name), ``keeps_parts`` (whether that needs the parts of the scores) and
     ``seed_rule`` (in words). One that measures pictures as a set has ``measure_set`` (see
     :mod:`eval.sets`), one that measures the generator itself ``time_policy`` (:mod:`eval.timing`).
+    One whose pictures are made from more than a prompt has ``generate`` in the place of
+    :func:`mmalign.sampling.generate`, and ``check_policy`` to refuse those that cannot.
     """
 
     name: str

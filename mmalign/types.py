@@ -291,8 +291,8 @@ class Rollout:
             nothing guided.
         guided_density: whether ``log_probs`` are of the means with their shifts, or without.
         guide_pictures: pictures that guidance scored; counted like ``nfe``.
-        maps: ``(B, 1, h, w)`` fp32 weight of each place of the clean latents; ``None`` unless they
-            were asked for.
+        maps: ``(B, 1, h, w)`` fp32 weight of each place of the clean latents, or what else an
+            objective keeps of each place; ``None`` unless they were asked for.
     """
 
     prompts: tuple[str, ...]

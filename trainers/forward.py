@@ -252,8 +252,6 @@ class Noising:
 
         ``known`` holds predictions of this very draw under other versions of the weights.
         """
-        if hasattr(self.objective, "conditioned"):
-            rollout = self.objective.conditioned(self.policy, rollout)
         sigma, noise = self.draw(rollout, index)
         kind, inverting = self.policy.parameterisation, 0
         if hasattr(self.objective, "implied"):
@@ -279,6 +277,18 @@ class Noising:
         scale = self.scale(rollout)
         spent = passes * evaluations(len(rollout), scale, rollout.conditioning)
         return batch, spent + inverting
+
+    def conditioned(self, rollout: Rollout, size: int) -> Rollout:
+        """The rollout with what an objective conditions its pictures on, made ``size`` at a time.
+
+        Once for all draws of a picture.
+        """
+        if not hasattr(self.objective, "conditioned") or not len(rollout):
+            return rollout
+        starts = range(0, len(rollout), size)
+        return Rollout.cat(
+            [self.objective.conditioned(self.policy, rollout[a : a + size]) for a in starts]
+        )
 
     def known_errors(self, rollout: Rollout, index: int | Tensor) -> dict[str, Tensor]:
         """Errors ``(b,)`` of versions of the weights that need no pass, on draw ``index``."""

@@ -88,7 +88,8 @@ class ForwardBatch:
         pooled: ``(b, K)`` fp64, the mean of the objective's ``statistic`` over each sample's group,
             on all processes; ``None`` for objectives without one.
         parameterisation: what predictions are; see :mod:`mmalign.sampling.process`.
-        maps: ``(b, 1, h, w)`` weight of each place, for objectives that make maps of regions.
+        maps: ``(b, 1, h, w)`` weight of each place, for objectives that make maps of regions; or
+            the class of each place, for those that make conditions of pictures.
         probe: predictions at other states, for objectives that distil.
         errors: ``(b,)`` fp64, matching errors of versions of the weights that are known without a
             pass; these have no prediction in ``others``.

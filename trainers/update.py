@@ -197,6 +197,8 @@ class Updater:
         self, rollout: Rollout, advantages: Tensor, keep: Tensor, count: float
     ) -> Totals:
         totals, rollout = Totals(), replace(rollout, media=None)
+        if self.forward is not None:
+            rollout = self.forward.conditioned(rollout, self.micro_batch)
         self.policy.denoiser.eval()  # dropout would break the ratio
         batches = self.batches(rollout, advantages, keep)
         self.seen = sum(map(len, batches))

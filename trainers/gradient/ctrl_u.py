@@ -17,7 +17,7 @@ neighbouring times, tell where.  With :math:`P, Q` of shape classes x places,
 gradient, through both estimates, and is never a mere weight.  Places that belong to no class
 clearly are left out of :math:`L_r`.  :math:`\lambda` rises linearly over ``ramp`` updates.
 
-The segmentation is that of the shapes world's colours (:mod:`trainers.gradient.segments`), with
+The segmentation is that of the shapes world's colours (:mod:`mmalign.shapes.segments`), with
 which conditions are made as well.  Not here: other conditions (edges, depth), whose :math:`V` is a
 squared difference.
 """
@@ -35,9 +35,9 @@ from mmalign.config import ConfigError
 from mmalign.protocols import Policy
 from mmalign.sampling.decoding import Clamp, decoded
 from mmalign.sampling.process import noised, split
+from mmalign.shapes.segments import UNKNOWN, Segments
 from mmalign.types import Media, Rollout
 from trainers.config import AdvantageConfig, TrainConfig
-from trainers.gradient.segments import UNKNOWN, Segments
 from trainers.matching import matching_error, not_negative, positive
 from trainers.objective import ForwardBatch, Process
 
@@ -131,9 +131,10 @@ class CtrlU:
 
     @torch.no_grad()
     def conditioned(self, policy: Any, rollout: Rollout) -> Rollout:
-        """The rollout with the segmentation of its clean pictures as condition."""
-        shown = Media(self.segments.paint(self._labels(policy, rollout.final)))
-        return replace(rollout, conditioning=policy.controlled(rollout.conditioning, shown))
+        """The rollout with the segmentation of its clean pictures as condition, and as ``maps``."""
+        labels = self.segments.labels(policy.decode(rollout.final.float()).data)
+        followed = policy.controlled(rollout.conditioning, Media(self.segments.paint(labels)))
+        return replace(rollout, conditioning=followed, maps=labels.unsqueeze(1).float())
 
     def strength(self, updates: int) -> float:
         """``lambda`` after so many updates."""
@@ -151,8 +152,8 @@ class CtrlU:
         if not len(rows):
             return loss, found
         first, second = self._seen(batch, rows)
-        with torch.no_grad():
-            labels = self._labels(batch.probing.policy, batch.clean[rows])
+        assert batch.maps is not None
+        labels = batch.maps[rows, 0].long()
         doubt = uncertainty(first, second, self.uncertainty)
         reward, cost = rectified(first, labels, doubt), doubt.flatten(1).mean(1)
         right = ((first.argmax(1) == labels).flatten(1).sum(1)).double()
@@ -174,6 +175,3 @@ class CtrlU:
             pixels = decoded(probe.policy, estimates, self.clamp, self.decode_chunk)
             first, second = self.segments.logits(pixels).chunk(2)
         return first, second
-
-    def _labels(self, policy: Policy, clean: Tensor) -> Tensor:
-        return self.segments.labels(policy.decode(clean.float()).data)

@@ -16,12 +16,12 @@ from mmalign.policies.control import CONTROL
 from mmalign.policies.load import load_policy
 from mmalign.protocols import Sampler
 from mmalign.runtime.log import read_jsonl
+from mmalign.sampling import generate
 from mmalign.shapes.grammar import COLORS, parse
+from mmalign.shapes.segments import CLASSES, GREY, UNKNOWN, Segments
 from mmalign.types import Conditioning, Media
 from trainers import checkpoint, entry
 from trainers.gradient.ctrl_u import CtrlU, rectified, uncertainty
-from trainers.gradient.following import follow_maps, maps_of
-from trainers.gradient.segments import CLASSES, GREY, UNKNOWN, Segments
 from trainers.loop import Trainer
 from trainers.objective import ForwardBatch
 from vision_rewards.guard import GuardedReward
@@ -50,9 +50,6 @@ def test_rendered_scenes_are_segmented_by_the_colours_of_their_objects():
     assert painted.shape == (1, 3, 64, 64) and painted[0, :, 0, 0].tolist() == [GREY] * 3
     known = labels != UNKNOWN
     assert Segments().labels(painted)[0][known].equal(labels[known])  # it can be read again
-    maps = maps_of(["a photo of a red star", "a photo of two blue crosses"], 32)
-    shown = [set(m[m > 0].unique().tolist()) for m in maps]
-    assert shown == [{1 + names.index("red")}, {1 + names.index("blue")}]
 
 
 # --- the weighting ------------------------------------------------------------------------------
@@ -161,7 +158,8 @@ def batch_at(levels: list[float], version: int = 0) -> tuple[ForwardBatch, Paint
     model = SimpleNamespace()
     probe = Probe(policy, model, ("p",) * b, conditioning, lambda: range(b), version=version)
     velocity = policy.predict(x, sigma, conditioning, 1.0)
-    made = ForwardBatch(clean, noise, sigma, x, velocity, torch.ones(b), {}, probe=probe)
+    maps = Segments().labels(policy.decode(clean).data).unsqueeze(1).float()
+    made = ForwardBatch(clean, noise, sigma, x, velocity, torch.ones(b), {}, maps=maps, probe=probe)
     return made, policy
 
 
@@ -194,6 +192,19 @@ def test_the_weight_rises_over_its_ramp():
     assert shares == pytest.approx([0.25, 0.5, 1.0, 1.0], rel=1e-6)
 
 
+def followed(policy, maps, asked=None):
+    """The share of each picture that shows the classes asked for; by default those given."""
+    segments = Segments()
+
+    def encode(prompts):
+        given = policy.encode(prompts)
+        return given if maps is None else policy.controlled(given, Media(segments.paint(maps)))
+
+    media, _ = generate(policy, ["a", "b"], [1, 2], encode=encode)
+    right = segments.logits(media.data).argmax(1) == (maps if asked is None else asked)
+    return right.float().flatten(1).mean(1)
+
+
 def test_a_condition_is_learned(kit, tmp_path):
     config = kit.cheap(
         tmp_path, algorithm="ctrl_u", steps=10, optim__lr=0.1, rollout__kernel="ode",
@@ -206,9 +217,8 @@ def test_a_condition_is_learned(kit, tmp_path):
     Trainer(config, policy, reward, Accelerator(cpu=True), tmp_path).run()
     log = read_jsonl(tmp_path / "metrics.jsonl")
     own = torch.arange(CLASSES).remainder(3).repeat(2, 8, 1)[:, :, :8]  # no picture of training
-    found = follow_maps(policy, ["a", "b"], [1, 2], maps=own)
-    blind = follow_maps(policy, ["a", "b"], [1, 2], maps=own, conditioned=False)
-    assert (found.objects > blind.objects + 0.2).all() and (found.everywhere > 0.5).all()
+    found, blind = followed(policy, own), followed(policy, None, own)
+    assert (found > blind + 0.2).all() and (found > 0.5).all()
     assert log[-1]["recovered"] > log[0]["recovered"] + 0.1
     assert log[-1]["denoise"] < 0.5 * log[0]["denoise"]
     assert policy.denoiser.gain.item() > 0.4 and policy.denoiser.keep.item() < 0.6
@@ -304,6 +314,24 @@ def test_the_recipe_makes_a_step_on_the_shipped_generator(tmp_path):
     metrics = trainer.train_step()
     assert metrics["grad_norm"] > 0 and metrics["updates/skipped"] == 0
     assert 0 < metrics["recovered"] <= 1 and metrics["uncertainty"] >= 0
-    prompts = ["a photo of a red circle", "a photo of a blue star"]
-    found = follow_maps(trainer.policy, prompts, [1, 2], steps=2, guidance_scale=2.0)
-    assert found.media.data.shape == (2, 3, 64, 64) and found.everywhere.min() > 0
+
+
+def test_conditions_are_made_once_a_picture_whatever_the_draws(kit, tmp_path, monkeypatch):
+    config = kit.cheap(
+        tmp_path, algorithm="ctrl_u", rollout__kernel="ode", forward__guidance_scale=1.0,
+        forward__draws=3, optim__micro_batch=5, objective={"t_max": 0.3},
+    )  # fmt: skip
+    policy = Painter()
+    trainer = Trainer(
+        config, policy, GuardedReward(kit.brightness), Accelerator(cpu=True), tmp_path
+    )
+    rollout, _ = trainer.rollouts.sample(0)
+    shown = []
+    controlled = Painter.controlled
+    monkeypatch.setattr(
+        policy, "controlled",
+        lambda given, pictures: shown.append(len(pictures)) or controlled(policy, given, pictures),
+        raising=False,
+    )  # fmt: skip
+    trainer.update._accumulate(rollout, torch.ones(8), torch.ones(8) > 0, 8)
+    assert shown == [5, 3]
