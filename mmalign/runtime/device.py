@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-import math
 from typing import Any
 
 import torch
@@ -103,15 +102,16 @@ def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """What torch's math back-end computes in bf16, to the last bit, inside in fp32 as there.
+    """What torch's math back-end computes in bf16, with products in bf16 and the softmax in fp32.
 
-    Left out is its search for rows that are masked altogether, of which a call without a mask has
-    none: a third of its time on a CPU.
+    Torch's own multiplies in fp32, which takes twice the time on a CPU, and searches for rows that
+    are masked altogether, of which a call without a mask has none. Output and gradients differ from
+    exact ones by 0.4 %, torch's by 0.14 %, the rounding of bf16.
     """
-    q, k, v = (t.bfloat16().float() for t in (query, key, value))
-    root = math.sqrt(1 / math.sqrt(q.shape[-1]))  # on both factors of the product
+    q, k, v = (t.bfloat16() for t in (query, key, value))
     with torch.autocast("cpu", enabled=False):
-        return ((q * root) @ (k * root).transpose(-2, -1)).softmax(-1).matmul(v).bfloat16()
+        scores = (q @ k.transpose(-2, -1)).float() * q.shape[-1] ** -0.5
+        return scores.softmax(-1).bfloat16() @ v
 
 
 def _routed(processor: Any) -> Any:
