@@ -80,4 +80,21 @@ def test_windows_must_divide_the_teachers_steps() -> None:
     with pytest.raises(ValueError, match="windows"):
         DistillConfig(windows=3, teacher_steps=8)
     with pytest.raises(ValueError, match="windows"):
-        DistillConfig(windows=1)
+        DistillConfig(windows=0)
+
+
+def test_one_window_makes_a_generator_of_one_step_from_one_of_more(tmp_path: Path) -> None:
+    few = config(tmp_path / "few", steps=1)
+    distill(few)
+    settings = config(tmp_path / "one", windows=1, student=str(tmp_path / "few/pipeline"))
+    pool = PathPool(settings, load_policy("shapes-flow"))
+    pool.grow_for(0)
+    start, sigma, chord, _ = pool.batch(0)
+    assert sigma.tolist() == [1.0] * 6
+    ends = pool.states[0][:, -1].float()
+    for picture in start - chord:
+        assert min(float((picture - end).abs().max()) for end in ends) < 1e-4
+    policy = load_policy(str(distill(settings)))
+    assert policy.sampler.steps == 1 and policy.sigmas(1).tolist() == [1.0, 0.0]
+    _, nfe = generate(policy, ["a photo of a red star"], [1])
+    assert nfe == 1

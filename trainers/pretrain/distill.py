@@ -42,12 +42,15 @@ class DistillConfig:
 
     Attributes:
         teacher: a pipeline folder or a shipped name.
+        student: where the student starts; by default as the teacher.
         guidance_scale, teacher_steps: how the teacher is sampled.
-        windows: steps of the student; divides ``teacher_steps``.
+        windows: steps of the student; divides ``teacher_steps``. One window is the whole path, so
+            that the student's picture of a noise is the mean of those the teacher could mean.
         shards, shard_size: paths the teacher takes in all, made while training runs.
     """
 
     teacher: str = "shapes-flow"
+    student: str = ""
     out: str = "runs/shapes-turbo"
     guidance_scale: float = 2.0
     teacher_steps: int = 8
@@ -66,9 +69,9 @@ class DistillConfig:
     save_every: int = 50
 
     def __post_init__(self) -> None:
-        if self.windows < 2 or self.teacher_steps % self.windows:
+        if self.windows < 1 or self.teacher_steps % self.windows:
             raise ValueError(
-                f"windows ({self.windows}) must be at least 2 and divide teacher_steps "
+                f"windows ({self.windows}) must be at least 1 and divide teacher_steps "
                 f"({self.teacher_steps})"
             )
 
@@ -158,16 +161,18 @@ def distill(config: DistillConfig) -> Path:
     """Distil (or resume); returns the folder of the EMA pipeline."""
     torch.manual_seed(config.seed)
     teacher = load_policy(config.teacher, device=config.device)
-    student: Any = load_policy(config.teacher, device=config.device)
+    student: Any = load_policy(config.student or config.teacher, device=config.device)
     teacher.denoiser.requires_grad_(False).eval()
     network = student.denoiser.train()
     pool = PathPool(config, teacher)
     optimizer = make_optimizer(network, _is_matrix, [], config)
     _fit(config, network, optimizer, pool, lambda step: chord_loss(student, pool, step))
     pipeline = student.pipeline
-    # The stock grid ends at 1/1000, which would leave nothing to do for the last step.
+    # The stock grid ends at 1/1000, which would leave nothing to do for the last step; that of one
+    # step is one step in any case.
+    terminal = 1 / config.windows if config.windows > 1 else None
     pipeline.scheduler = type(pipeline.scheduler).from_config(
-        pipeline.scheduler.config, shift_terminal=1 / config.windows
+        pipeline.scheduler.config, shift_terminal=terminal
     )
     sampler = {**student.recommended, "steps": config.windows, "guidance_scale": 1.0}
     return export(pipeline, Path(config.out) / "pipeline", sampler)
