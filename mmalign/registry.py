@@ -198,6 +198,7 @@ for _name, _target, _summary in (
 BENCHMARKS.add("shapes", "eval.benchmarks.shapes:ShapesBenchmark", "six GenEval tasks, offline")
 for _name, _target, _summary in (
     ("shapes_control", "shapes_control:ShapesControl", "whether pictures show the map they follow"),
+    ("shapes_subject", "shapes_subject:ShapesSubject", "one textured object in new compositions"),
     ("shapes_geneval", "shapes_geneval:ShapesGenEval", "GenEval's networks and rules, offline"),
     ("geneval", "geneval:GenEvalBenchmark", "six tasks judged by a detector (GenEval)"),
     ("t2i_compbench", "compbench:T2ICompBench", "attributes, positions, numbers, actions"),

@@ -84,10 +84,16 @@ def _seeds(summary: Summary) -> str:
 def _judged(summary: Summary) -> str:
     c = summary.comparison
     return (
-        f"{c.table['threads']} thread(s) a run; accuracy is the strict verdict on "
+        f"{c.table['threads']} thread(s) a run; accuracy is {judged_by(summary)} on "
         f"{len(c.pictures.tasks)} held-out pictures, mean over tasks, with 95 % intervals over "
         f"{'prompts' if c.steering else 'seeds and prompts'}."
     )
+
+
+def judged_by(summary: Summary) -> str:
+    """What the value of a picture is, by the benchmark that the runs were judged on."""
+    runs = next(iter(summary.comparison.methods.values())).runs
+    return VALUES.get(runs[0].results[0].benchmark, "the benchmark's value")
 
 
 def _training_cells(line: Line) -> tuple[str, ...]:
@@ -173,6 +179,11 @@ def _title(summary: Summary) -> str:
     return summary.comparison.methods[str(summary.reference)].title
 
 
+VALUES = {
+    "shapes": "the strict verdict",
+    "shapes_subject": "the verdict on subject and composition",
+    "shapes_control": "the share of the objects' pixels that show their map",
+}
 _INTERVALS = (
     "Intervals: seeds are drawn anew within each method, prompts within each task and the same "
     "for all methods; the seeds' part is widened for their small number."

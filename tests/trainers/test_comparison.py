@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from eval.in_training import evaluate_in_training
+from eval.methods.claims import read_claims
+from eval.methods.page import comparison_page
 from eval.methods.read import read_comparison
+from eval.methods.summary import Summary
 from mmalign.config import ConfigError
 from mmalign.registry import UnknownNameError
 from mmalign.runtime.log import read_jsonl
 from trainers import entry
 from trainers.comparison.prepare import prepare
 from trainers.comparison.runner import _base, plan, run_all, state_of
-from trainers.comparison.table import Method, Table, choose, read_table
+from trainers.comparison.table import OTHERS, Method, Table, choose, read_table
 from trainers.skips import TrainingError
 
 STEP = 40  # evaluations of a step of the cheap recipe: 8 images, 3 steps, 2 of them trained
@@ -93,6 +96,25 @@ def test_every_shipped_row_is_a_run_that_could_start():
     assert few == {"lcd": 4, "dmd": 4, "r0": 4, "rg_lcd": 2, "lcd_two": 2, "rg_lcd_pixels": 2}
     for method in table.methods.values():
         assert method.control or (method.claim and method.paper)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_rows_of_the_tables_beside_it_could_start_too(name):
+    table = read_table(name)
+    read_claims(table.claims)
+    runs = plan(table)
+    assert len(runs) == len(table.methods) * 3
+    assert {run.config.evaluation.benchmark for run in runs} == {f"shapes_{name}"}
+    assert len(plan(choose(table, short=True))) == 4
+
+
+def test_a_rehearsal_beside_it_says_what_was_judged(tmp_path):
+    chosen = choose(read_table("subject"), ["rpo"], [0], 60, short=True)
+    record = run_all(chosen, tmp_path, jobs=1)
+    assert [r["state"] for r in record["runs"]] == ["finished"]
+    page = comparison_page(Summary(read_comparison(tmp_path)), tmp_path / "comparison.html")
+    said = page.read_text(encoding="utf-8")
+    assert "accuracy is the verdict on subject and composition" in said and "v star" in said
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from mmalign.registry import unknown
 
 SHIPPED = Path(__file__).with_name("methods.yaml")
 PANEL = Path(__file__).with_name("panel.yaml")  # of `mmalign bench panel`
+OTHERS = ("control", "subject")  # tables beside it, each judged on pictures of its own
 LONGEST_TITLE = 22
 
 
@@ -98,11 +99,13 @@ class Table:
 
 
 def read_table(path: str | Path = SHIPPED) -> Table:
-    """The table in a YAML file.
+    """The table in a YAML file, or the shipped one of a name in :data:`OTHERS`.
 
     Raises:
         ConfigError: not such a table. UnknownNameError: a claim about no method of it.
     """
+    if str(path) in OTHERS:
+        path = SHIPPED.with_name(f"{path}.yaml")
     return from_dict(Table, load_yaml(path))
 
 
