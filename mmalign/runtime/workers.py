@@ -17,6 +17,7 @@ POLL_SECONDS = 0.2
 LOG = "log.txt"
 _ROOT = Path(__file__).resolve().parents[2]
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # other systems do not read it
 
 
 class Named(Protocol):
@@ -39,9 +40,15 @@ J = TypeVar("J", bound=Named)
 def start_python(
     arguments: Sequence[str], folder: Path, threads: int = 1
 ) -> subprocess.Popen[bytes]:
-    """This Python with ``arguments``, on ``threads`` threads, writing to ``folder/log.txt``."""
+    """This Python with ``arguments``, on ``threads`` threads, writing to ``folder/log.txt``.
+
+    On Linux its memory comes in huge pages unless the environment says otherwise: activations are
+    megabytes that come and go, and their page faults cost a network on the CPU a quarter of its
+    time.
+    """
     path = os.pathsep.join(p for p in (str(_ROOT), os.environ.get("PYTHONPATH")) if p)
-    env = {**os.environ, **dict.fromkeys(_THREADS, str(threads)), "PYTHONPATH": path}
+    env = {**_HUGE_PAGES, **os.environ, **dict.fromkeys(_THREADS, str(threads))}
+    env["PYTHONPATH"] = path
     with (make_directory(folder) / LOG).open("ab") as log:
         return subprocess.Popen(
             [sys.executable, *arguments], stdout=log, stderr=subprocess.STDOUT, env=env
