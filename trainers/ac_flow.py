@@ -52,6 +52,7 @@ class AcFlow(RewardWeighted):
         return credit.surprise()
 
     def weights(self, advantages: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
-        """``exp(A / tau)``, shaped like the advantages; 0 on unscored samples."""
+        """``exp(A / tau)``, shaped like the advantages; 0 on unscored samples and below floor."""
         scored = valid.reshape(-1, *([1] * (advantages.ndim - 1)))
-        return torch.where(scored, torch.exp(advantages / self.temperature), 0.0)
+        weights = torch.exp(advantages / self.temperature)
+        return torch.where(scored & (weights >= self.floor), weights, 0.0)

@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from mmalign.config import ConfigError
 from trainers.matching import ErrorForm, distance, matching_error, not_negative, positive, weighed
 from trainers.objective import ForwardBatch, Process
 
@@ -88,20 +89,36 @@ class RewardWeighted(_WeightedMatching):
         temperature: :math:`\tau` of :math:`w \propto \exp(A / \tau)`. With ``advantage.std: none``
             this is :math:`\exp(r / \tau)`, otherwise rewards are measured in deviations.
         w2_beta: :math:`\alpha`, which bounds the squared Wasserstein distance to the reference.
+        floor: samples of a smaller weight get 0 and are left out, of the second term too: with a
+            small temperature that is most of them, and their passes are better spent on more draws
+            of the others. 0 keeps all.
         error: form of the flow-matching error, see :func:`trainers.matching.weighed`.
     """
 
     temperature: float = 1.0
+    floor: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         positive(temperature=self.temperature)
+        not_negative(floor=self.floor)
+        if self.floor >= 1:
+            raise ConfigError(
+                f"objective.floor is {self.floor}; weights have mean 1, so give one below 1"
+            )
+
+    @property
+    def zero_without_advantage(self) -> bool:
+        """Whether samples of weight 0 may be left out."""
+        return self.floor > 0 or self.w2_beta == 0
 
     def weights(self, advantages: Tensor, groups: Tensor, valid: Tensor) -> Tensor:
         """``(B,)``: a softmax over each group times its size; 0 in a group without spread."""
         result = torch.zeros_like(advantages)
         for rows in _spread_groups(advantages, groups, valid):
-            result[rows] = len(rows) * torch.softmax(advantages[rows] / self.temperature, 0)
+            weights = len(rows) * torch.softmax(advantages[rows] / self.temperature, 0)
+            weights = torch.where(weights < self.floor, 0.0, weights)
+            result[rows] = weights * len(rows) / weights.sum()
         return result
 
 

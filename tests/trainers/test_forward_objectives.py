@@ -10,6 +10,7 @@ import torch
 
 from mmalign.config import ConfigError
 from trainers import entry
+from trainers.ac_flow import AcFlow
 from trainers.awm import Awm
 from trainers.config import Decay
 from trainers.crd import Crd
@@ -106,6 +107,23 @@ def test_exponential_weights_are_a_softmax_of_the_reward():
     raw = (reward / 0.5).exp()
     wanted = torch.cat([3 * raw[:3] / raw[:3].sum(), 3 * raw[3:] / raw[3:].sum()])
     torch.testing.assert_close(got, wanted)
+
+
+def test_samples_below_the_floor_are_left_out():
+    """Weights of a group keep mean 1; those of 0 make no pass, the W2 term's included."""
+    rewards = torch.tensor([0.0, 1.0, 1.2, 0.9])
+    groups, valid = torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.bool)
+    whole = RewardWeighted(temperature=0.2).weights(rewards, groups, valid)
+    kept = RewardWeighted(temperature=0.2, floor=0.7).weights(rewards, groups, valid)
+    assert whole.min() > 0 and kept.tolist()[0] == 0 and kept[3] == 0
+    torch.testing.assert_close(kept[1:3], whole[1:3] * 4 / whole[1:3].sum())
+    assert RewardWeighted(w2_beta=0.3, floor=0.1).zero_without_advantage
+    assert not RewardWeighted(w2_beta=0.3).zero_without_advantage
+    with pytest.raises(ConfigError, match="floor is 1"):
+        RewardWeighted(floor=1.0)
+    judged = AcFlow(temperature=0.5, floor=0.5).weights(torch.tensor([[0.0, -1.0]]), groups[:1],
+                                                        valid[:1])  # fmt: skip
+    assert judged.tolist() == [[1.0, 0.0]]
 
 
 def test_weighted_matching_gradient():
