@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.benchmarks.shapes import request_seed
+from eval.benchmarks.shapes import check_limit, request_seed
 from eval.benchmarks.sources import SOURCES, cached
 from eval.result import Row
 from mmalign.protocols import Request, RewardModel
@@ -205,8 +205,7 @@ class PromptBenchmark:
         Raises:
             ValueError: ``limit`` is below 1.
         """
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be 1 or more, got {limit}")
+        check_limit(limit)
         made = [
             Request(
                 key=f"{prompt.id}-{sample}",
@@ -282,6 +281,11 @@ def mean(values: Iterable[float]) -> float | None:
     """The mean; ``None`` of nothing."""
     found = list(values)
     return sum(found) / len(found) if found else None
+
+
+def part_mean(rows: Iterable[Row], name: str) -> float | None:
+    """The mean of a part of the scores over the rows that have it."""
+    return mean(value for r in rows if (value := r.parts.get(name)) is not None)
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], str]) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from eval.benchmarks.base import DataError, Numbers, Prompt, PromptBenchmark, Rows, mean
+from eval.benchmarks.base import DataError, Numbers, Prompt, PromptBenchmark, Rows, part_mean
 from eval.benchmarks.tables import text_of
 from eval.result import Row
 from mmalign.protocols import Request, RewardModel
@@ -132,8 +132,6 @@ class DreamBench(PromptBenchmark):
 
     def numbers(self, rows: Sequence[Row]) -> Numbers:
         """Means of the three measures over the pictures that have them."""
-        found: Numbers = {}
-        for name, title in (("dino", "DINO"), ("clip_i", "CLIP-I"), ("clip_t", "CLIP-T")):
-            values = [r.parts.get(name) for r in rows if r.valid]
-            found[title] = mean(v for v in values if v is not None)
-        return found
+        scored = [r for r in rows if r.valid]
+        titles = (("dino", "DINO"), ("clip_i", "CLIP-I"), ("clip_t", "CLIP-T"))
+        return {title: part_mean(scored, name) for name, title in titles}

@@ -26,6 +26,12 @@ def request_seed(benchmark: str, version: str, prompt: str, sample: int) -> int:
     return int.from_bytes(digest[:8], "big") >> 1
 
 
+def check_limit(limit: int | None) -> None:
+    """Refuse a limit that keeps no request. Raises :class:`ValueError`."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 or more, got {limit}")
+
+
 class ShapesBenchmark:
     """Six tasks with equally many pictures each.
 
@@ -82,8 +88,7 @@ class ShapesBenchmark:
         Raises:
             ValueError: ``limit`` is below 1.
         """
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be 1 or more, got {limit}")
+        check_limit(limit)
         rows = [self._request(task, i) for i in range(self._per_task) for task in TASKS]
         return rows[:limit]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eval.benchmarks.base import Numbers, mean
+from eval.benchmarks.base import Numbers, part_mean
 from eval.benchmarks.shapes import ShapesBenchmark
 from eval.result import Row
 from mmalign.protocols import Policy, Request
@@ -56,7 +56,7 @@ class ShapesControl(ShapesBenchmark):
     @property
     def identity(self) -> str:
         """The segmentation, and the verifier that stands beside it."""
-        return f"segments of colour, T {self._segments.temperature}, {super().identity}"
+        return f"{self._segments.identity}, {super().identity}"
 
     def check_policy(self, policy: Policy) -> None:
         """Refuse a generator that cannot be given a map. Raises :class:`ValueError`."""
@@ -117,10 +117,7 @@ class ShapesControl(ShapesBenchmark):
 
     def numbers(self, rows: Sequence[Row]) -> Numbers:
         """Means of the parts over the pictures that have them."""
-        return {
-            name: mean(v for r in rows if (v := r.parts.get(name)) is not None)
-            for name in ("everywhere", "accuracy")
-        }
+        return {name: part_mean(rows, name) for name in ("everywhere", "accuracy")}
 
 
 def _share(right: Tensor, of: Tensor) -> Tensor:

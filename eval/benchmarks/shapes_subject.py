@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eval.benchmarks.base import Numbers, mean
-from eval.benchmarks.shapes import request_seed
+from eval.benchmarks.base import Numbers, part_mean
+from eval.benchmarks.shapes import check_limit, request_seed
 from eval.result import Row
 from mmalign.protocols import Request
 from mmalign.shapes.grammar import COLORS
@@ -81,12 +81,11 @@ class ShapesSubject:
     @property
     def identity(self) -> str:
         """The verifier, and the segmentation that finds the texture."""
-        return f"{self._strict.identity}, segments of colour, T {self._segments.temperature}"
+        return f"{self._strict.identity}, {self._segments.identity}"
 
     def requests(self, limit: int | None = None) -> list[Request]:
         """All prompts once, then all again; a limit keeps the first."""
-        if limit is not None and limit < 1:
-            raise ValueError(f"limit must be 1 or more, got {limit}")
+        check_limit(limit)
         count = self.options["samples_per_prompt"]
         rows = [self._request(n, k) for k in range(count) for n in range(len(self._prompts))]
         return rows[:limit]
@@ -111,10 +110,7 @@ class ShapesSubject:
 
     def numbers(self, rows: Sequence[Row]) -> Numbers:
         """How often the texture was there, and how often all but it."""
-        return {
-            name: mean(v for r in rows if (v := r.parts.get(name)) is not None)
-            for name in ("texture", "composition")
-        }
+        return {name: part_mean(rows, name) for name in ("texture", "composition")}
 
     def _painted(self, pixels: Tensor, own: Tensor) -> Tensor:
         """Pictures with one colour where the subject's are, and between them."""

@@ -14,7 +14,7 @@ from eval.html import Child, Markup, el, page, section, table
 from eval.methods.markdown import CLAIM_HEAD, IQM_HEAD, claim_cells, iqm_rows
 from eval.methods.read import MethodRuns
 from eval.methods.summary import Summary
-from eval.methods.words import Curve, judged, judged_by, words_of
+from eval.methods.words import Curve, accuracy_is, judged, words_of
 from eval.result import EvalResult
 from eval.statistics import Interval
 from mmalign.runtime.files import atomic_write_bytes
@@ -178,7 +178,7 @@ def _pictures(summary: Summary) -> Markup:
     note = (
         "One prompt of each task, drawn at random with a fixed seed and without regard to scores; "
         f"the same prompt and the same noise in every row, seed {start.seed}. "
-        f"Green: {judged_by(summary)} is 1."
+        f"Green: {accuracy_is(summary)} is 1."
     )
     sheet = table(head, rows, "sheet")
     return section("Same prompts, same seeds", sheet, note=note)

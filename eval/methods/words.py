@@ -84,13 +84,13 @@ def _seeds(summary: Summary) -> str:
 def _judged(summary: Summary) -> str:
     c = summary.comparison
     return (
-        f"{c.table['threads']} thread(s) a run; accuracy is {judged_by(summary)} on "
+        f"{c.table['threads']} thread(s) a run; accuracy is {accuracy_is(summary)} on "
         f"{len(c.pictures.tasks)} held-out pictures, mean over tasks, with 95 % intervals over "
         f"{'prompts' if c.steering else 'seeds and prompts'}."
     )
 
 
-def judged_by(summary: Summary) -> str:
+def accuracy_is(summary: Summary) -> str:
     """What the value of a picture is, by the benchmark that the runs were judged on."""
     runs = next(iter(summary.comparison.methods.values())).runs
     return VALUES.get(runs[0].results[0].benchmark, "the benchmark's value")

@@ -29,6 +29,11 @@ class Segments:
 
     temperature: float = 0.02
 
+    @property
+    def identity(self) -> str:
+        """For results that rest on it."""
+        return f"segments of colour, T {self.temperature}"
+
     def logits(self, pixels: Tensor) -> Tensor:
         """``z`` ``(B, 9, H, W)`` fp32 of pictures ``(B, 3, H, W)``: background, then colours."""
         pixels = pixels.float()

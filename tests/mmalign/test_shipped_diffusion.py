@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -12,8 +11,6 @@ from diffusers import StableDiffusionPipeline
 from mmalign.assets import asset
 from mmalign.policies.load import load_policy
 from mmalign.sampling import DdimKernel, Plan, collect, generate, replay
-from mmalign.shapes import TASKS, prompts
-from vision_rewards.shapes import verify
 
 PROMPTS = ["a photo of a red star", "a photo of two blue squares"]
 
@@ -52,24 +49,8 @@ def test_trajectories_replay_with_a_ratio_of_one() -> None:
         assert (step.log_prob - rollout.log_probs[:, i]).abs().max() < 1e-6
 
 
-def test_it_is_small_and_stored_as_safetensors() -> None:
-    files = [f for f in asset("shapes-sd").rglob("*") if f.is_file()]
-    assert sum(f.stat().st_size for f in files) < 10e6
-    assert not [f for f in files if f.suffix in (".bin", ".pt", ".pkl", ".ckpt")]
-
-
 def test_its_latents_are_those_the_stock_pipeline_decodes() -> None:
     """Stock Stable Diffusion knows no shift; the autoencoder must not ask for one."""
     config = json.loads((asset("shapes-sd") / "vae" / "config.json").read_text())
     assert config["shift_factor"] == 0.0
     assert config["scaling_factor"] == pytest.approx(1.0026)
-
-
-def test_it_is_competent_and_imperfect() -> None:
-    policy = load_policy("shapes-sd")
-    texts = [p for t in TASKS for p in (prompts("test", t, 10) * 10)[:10]]
-    media, _ = generate(policy, texts, range(len(texts)), dtype=torch.bfloat16)
-    verdicts = verify(media.data.permute(0, 2, 3, 1).numpy(), texts)
-    accuracy = float(np.mean([v.strict for v in verdicts]))
-    assert 0.4 < accuracy < 0.95
-    assert all(v.valid for v in verdicts)

@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from mmalign.types import Media
+from trainers import checkpoint
 from trainers.config import ForwardConfig, OptimConfig, RolloutConfig, TrainConfig
 from trainers.pair_config import PairConfig
 
@@ -69,5 +70,12 @@ def greys(kit) -> SimpleNamespace:
         media, _ = generate(policy, ["x"] * 200, list(range(200)), steps=4, guidance_scale=1.0)
         return float(media.data.mean())
 
+    def held(folder: Path) -> dict:
+        """Every version of the weights in a run's latest checkpoint."""
+        file = checkpoint.existing(folder / "checkpoints")[-1] / checkpoint.FILE
+        return torch.load(file, weights_only=True)["model"]
+
     torch.set_num_threads(1)
-    return SimpleNamespace(Policy=Encoder, write=write_pairs, recipe=recipe, drawn=drawn, grey=grey)
+    return SimpleNamespace(
+        Policy=Encoder, write=write_pairs, recipe=recipe, drawn=drawn, grey=grey, held=held
+    )

@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from mmalign.config import ConfigError
 from mmalign.runtime.log import read_jsonl
-from trainers import checkpoint
 from trainers.config import ForwardConfig, OptimConfig, RolloutConfig
 from trainers.loop import Trainer
 from trainers.pair_config import PairConfig
@@ -182,11 +181,7 @@ def test_a_resumed_run_ends_alike(kit, greys, data, tmp_path, algorithm):
     assert again.rollouts.latents.computed == 0
     again.run()
 
-    def held(folder: Path) -> dict:
-        file = checkpoint.existing(folder / "checkpoints")[-1] / checkpoint.FILE
-        return torch.load(file, weights_only=True)["model"]
-
-    one, two = held(tmp_path / "whole"), held(tmp_path / "part")
+    one, two = greys.held(tmp_path / "whole"), greys.held(tmp_path / "part")
     assert one.keys() == two.keys()
     for version, values in one.items():
         assert all(two[version][n].equal(v) for n, v in values.items()), version

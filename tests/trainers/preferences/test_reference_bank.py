@@ -11,7 +11,6 @@ from accelerate import Accelerator
 
 from mmalign.config import ConfigError
 from mmalign.policies.load import load_policy
-from trainers import checkpoint
 from trainers.config import ForwardConfig
 from trainers.loop import Trainer
 from trainers.pair_config import PairConfig
@@ -130,11 +129,7 @@ def test_a_resumed_run_ends_alike(kit, greys, data, tmp_path):
     assert again.resume() and again.step == 5 and again.rollouts.computed == 24
     again.run()
 
-    def held(folder: Path) -> dict:
-        file = checkpoint.existing(folder / "checkpoints")[-1] / checkpoint.FILE
-        return torch.load(file, weights_only=True)["model"]["weights"]
-
-    one, two = held(tmp_path / "whole"), held(tmp_path / "part")
+    one, two = (greys.held(tmp_path / name)["weights"] for name in ("whole", "part"))
     assert all(two[name].equal(value) for name, value in one.items())
 
 

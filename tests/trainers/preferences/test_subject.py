@@ -14,7 +14,6 @@ from noised_pairs import batch, gradient
 from mmalign.config import ConfigError
 from mmalign.runtime.log import read_jsonl
 from mmalign.types import Media
-from trainers import checkpoint
 from trainers.config import PromptConfig
 from trainers.loop import Trainer
 from trainers.matching import matching_error
@@ -174,11 +173,7 @@ def test_a_resumed_run_ends_alike(kit, greys, subject, tmp_path):
     assert again.resume() and again.step == 5
     again.run()
 
-    def held(folder: Path) -> dict:
-        file = checkpoint.existing(folder / "checkpoints")[-1] / checkpoint.FILE
-        return torch.load(file, weights_only=True)["model"]["weights"]
-
-    one, two = held(tmp_path / "whole"), held(tmp_path / "part")
+    one, two = (greys.held(tmp_path / name)["weights"] for name in ("whole", "part"))
     assert all(two[n].equal(v) for n, v in one.items())
 
 
