@@ -147,7 +147,9 @@ def _bench_methods(parser: Parser) -> None:
     group.add_argument("--nfe", type=int, help="methods: evaluations of a run (the table's)")
     text = "steering: a tuned model, folder of a pipeline or of a LoRA; --reward steers"
     group.add_argument("--tuned", metavar="FOLDER", help=text)
-    group.add_argument("--table", metavar="FILE", help="another table: control, subject, or a file")
+    group.add_argument(
+        "--table", metavar="FILE", help="control, subject, misled, or a file"
+    )
     group.add_argument("--short", action="store_true", help="a rehearsal of a minute or two")
     text = "few-step: the generator that --policy was distilled from (shapes-flow)"
     group.add_argument("--teacher", metavar="NAME_OR_PATH", help=text)
@@ -205,7 +207,7 @@ def _report(parser: Parser) -> None:
 def _pretrain(parser: Parser) -> None:
     parser.add_argument("what", metavar="WHAT", help="which shipped model, as documented")
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings to change")
-    parser.add_argument("--output-dir", metavar="DIR", help="where state and weights go")
+    parser.add_argument("--output-dir", "--out", metavar="DIR", help="where state and weights go")
 
 
 def _serve_reward(parser: Parser) -> None:

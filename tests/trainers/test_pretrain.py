@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mmalign.policies.build import SD3Size
 from mmalign.policies.load import load_policy
 from mmalign.sampling import generate
-from mmalign.shapes import parse, split_of
+from mmalign.shapes import caption, parse, split_of
 from mmalign.shapes.splits import held_out_pair
 from trainers.muon import Muon, orthogonalise
 from trainers.pretrain import data
 from trainers.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
+from trainers.pretrain.captions import KINDS, mislabelled, near_misses
 from trainers.pretrain.denoiser import LatentPool
 from trainers.pretrain.diffusion import (
     RECOMMENDED,
@@ -90,6 +94,37 @@ def test_an_interrupted_generator_ends_where_an_uninterrupted_one_does(tmp_path:
     for name in ("transformer", "text_encoder", "text_encoder_2"):
         files = [next((f / name).glob("*.safetensors")).read_bytes() for f in (whole, resumed)]
         assert files[0] == files[1], name
+
+
+def test_a_generator_goes_on_from_another_with_wrong_captions(tmp_path: Path) -> None:
+    train_autoencoder(vae_config(tmp_path))
+    first = train_generator(flow_config(tmp_path, "first"), SIZE)
+    more = {"caption_noise": 1.0, "steps": 2, "layout_weight": 0.0}
+    folder = train_generator(flow_config(tmp_path, "more", start=str(first), **more), SIZE)
+    for name in ("transformer", "text_encoder", "vae"):
+        one, two = (load_file(next((f / name).glob("*.safetensors"))) for f in (first, folder))
+        drift = max((one[k].float() - two[k].float()).abs().max().item() for k in one)
+        # Two small steps from the start, not from other random weights; the autoencoder is kept.
+        assert (drift == 0) if name == "vae" else (0 < drift < 0.01), name
+    right, wrong = (
+        np.load(tmp_path / out / "latents" / "0000.npz")["tokens"] for out in ("first", "more")
+    )
+    assert (right != wrong).any(1).all()
+
+
+def test_wrong_captions_are_near_misses_that_training_may_use() -> None:
+    specs = [spec for spec, _ in itertools.islice(data.shard_scenes(0), 150)]
+    said = mislabelled([caption(s) for s in specs], 0.6, random.Random(0))
+    changed = [(s, parse(t)) for s, t in zip(specs, said, strict=True) if parse(t) != s]
+    assert 0.5 < len(changed) / len(specs) < 0.7
+    kinds = set()
+    for spec, wrong in changed:
+        assert split_of(wrong) == "train"
+        kinds |= {kind for kind, miss in near_misses(spec) if miss == wrong}
+        assert wrong in {miss for _, miss in near_misses(spec)}
+    assert kinds == set(KINDS)
+    with pytest.raises(ValueError, match=r"caption_noise is 1\.5.*0 to 1"):
+        GeneratorConfig(caption_noise=1.5)
 
 
 def _stop_after(step: int, train: Callable[[], Path]) -> None:

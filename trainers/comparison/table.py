@@ -13,7 +13,8 @@ from mmalign.registry import unknown
 
 SHIPPED = Path(__file__).with_name("methods.yaml")
 PANEL = Path(__file__).with_name("panel.yaml")  # of `mmalign bench panel`
-OTHERS = ("control", "subject")  # tables beside it, each judged on pictures of its own
+# Tables beside it: two judged on pictures of their own, one from another start.
+OTHERS = ("control", "subject", "misled")
 LONGEST_TITLE = 22
 
 
@@ -43,7 +44,7 @@ class Method:
     @property
     def needs(self) -> tuple[str, ...]:
         """What has to be prepared for this row, by name."""
-        data = (o for o in self.overrides if o.startswith("pairs.data="))
+        data = (o for o in self.overrides if o.startswith(("pairs.data=", "policy=")))
         return tuple(name for o in data for name in re.findall(r"\{out\}/(\w+)", o))
 
 

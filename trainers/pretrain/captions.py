@@ -7,11 +7,12 @@ in one fact cannot (NegCLIP, Yuksekgonul et al., 2210.01936).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 
-from mmalign.shapes import COLORS, RELATIONS, SHAPES, ObjectSpec, PromptSpec, Scene
+from mmalign.shapes import COLORS, RELATIONS, SHAPES, ObjectSpec, PromptSpec, Scene, parse
 from mmalign.shapes import caption as caption_of
 from mmalign.shapes.grammar import INVERSE, MAX_OBJECTS
 from mmalign.shapes.scene import related
@@ -82,6 +83,25 @@ def _with(spec: PromptSpec, index: int, changed: ObjectSpec) -> PromptSpec:
     objects = list(spec.objects)
     objects[index] = changed
     return PromptSpec(tuple(objects), spec.relation)
+
+
+def mislabelled(captions: Sequence[str], share: float, rng: random.Random) -> list[str]:
+    """The captions, a ``share`` of them exchanged for a near miss that training may use.
+
+    A kind of fact is chosen first, so that colours, which have the most near misses, are not wrong
+    more often than counts.
+    """
+    said = []
+    for text in captions:
+        if rng.random() < share:
+            misses: dict[str, list[PromptSpec]] = {}
+            for kind, spec in near_misses(parse(text)):
+                if split_of(spec) == "train":
+                    misses.setdefault(kind, []).append(spec)
+            if misses:
+                text = caption_of(rng.choice(misses[rng.choice(sorted(misses))]))
+        said.append(text)
+    return said
 
 
 def true_specs(scene: Scene) -> tuple[list[PromptSpec], list[PromptSpec]]:

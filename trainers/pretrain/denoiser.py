@@ -10,6 +10,7 @@ encoder.
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from mmalign.policies.build import PROMPT_TOKENS
 from mmalign.runtime.files import atomic_write_json
 from mmalign.runtime.log import say
 from trainers.muon import Muon
+from trainers.pretrain.captions import mislabelled
 from trainers.pretrain.data import ensure_shards, load_captions
 from trainers.pretrain.steps import Stateful, checked, resumable_steps
 
@@ -32,7 +34,16 @@ Batch = tuple[Tensor, Tensor, Tensor]  # latents, layouts in [0, 1], token ids
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserConfig:
-    """Dials that both generators have."""
+    """Dials that both generators have.
+
+    Attributes:
+        caption_noise: share of the pictures whose caption is false in one fact (another colour,
+            shape, count or relation, an object more or fewer). A generator that learned from
+            captions of the web was taught so; 0 for the shipped weights.
+
+    Raises:
+        ValueError: ``caption_noise`` outside [0, 1].
+    """
 
     data: str = "shapes-cache"
     vae: str
@@ -50,6 +61,13 @@ class DenoiserConfig:
     seed: int = 0
     device: str = "cpu"
     save_every: int = 250
+    caption_noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.caption_noise <= 1:
+            raise ValueError(
+                f"caption_noise is {self.caption_noise}; it is a share of the pictures, 0 to 1"
+            )
 
 
 class LayoutHead(nn.Module):
@@ -114,16 +132,21 @@ class LatentPool:
 
     @torch.no_grad()
     def _encode(self, index: int, path: Path) -> None:
+        c = self.config
         shard = np.load(self.paths[index])
         shift, scale = self.vae.config.shift_factor, self.vae.config.scaling_factor
         parts = []
         for block in np.array_split(shard["images"], 80):
-            pixels = torch.from_numpy(block).permute(0, 3, 1, 2).to(self.config.device)
+            pixels = torch.from_numpy(block).permute(0, 3, 1, 2).to(c.device)
             pixels = pixels.to(memory_format=torch.channels_last).float() / 127.5 - 1
-            with torch.autocast(self.config.device, torch.bfloat16):
+            with torch.autocast(c.device, torch.bfloat16):
                 latents = self.vae.encoder(pixels)
             parts.append(((latents.float() - shift) * scale).half().cpu().numpy())
-        tokens = tokenize(self.tokenizer, load_captions(self.paths[index])).to(torch.int16)
+        captions = load_captions(self.paths[index])
+        if c.caption_noise:
+            rng = random.Random(f"shapes caption noise {c.seed} {index}")
+            captions = mislabelled(captions, c.caption_noise, rng)
+        tokens = tokenize(self.tokenizer, captions).to(torch.int16)
         np.savez(
             path, latents=np.concatenate(parts), layouts=shard["layouts"], tokens=tokens.numpy()
         )
