@@ -15,20 +15,26 @@ from mmalign.runtime.files import atomic_write_text
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
-def write_markdown(summary: Summary, path: Path | str) -> Path:
+def write_markdown(summary: Summary, path: Path | str, name: str = "") -> Path:
     """Put the tables between the marks of a file, or into a new file.
+
+    Args:
+        name: stands in the marks, so that a page has room for several comparisons.
 
     Raises:
         ValueError: the file exists and lacks the marks.
     """
     path = Path(path)
-    text = f"{BEGIN}\n\n{tables(summary)}\n{END}\n"
+    begin, end = (
+        m.replace("results", f"results {name}" if name else "results") for m in (BEGIN, END)
+    )
+    text = f"{begin}\n\n{tables(summary)}\n{end}\n"
     if path.is_file():
         held = path.read_text(encoding="utf-8")
-        if held.count(BEGIN) != 1 or held.count(END) != 1:
-            raise ValueError(f"{path} needs one line {BEGIN!r} and one {END!r} to write between")
-        top, rest = held.split(BEGIN)
-        text = top + text.rstrip("\n") + rest.split(END)[1]
+        if held.count(begin) != 1 or held.count(end) != 1:
+            raise ValueError(f"{path} needs one line {begin!r} and one {end!r} to write between")
+        top, rest = held.split(begin)
+        text = top + text.rstrip("\n") + rest.split(end)[1]
     atomic_write_text(path, text)
     return path
 

@@ -76,7 +76,7 @@ def _show(record: dict[str, Any], out: Path, args: Namespace) -> None:
     summary = Summary(read_comparison(out))
     page = comparison_page(summary, out / "comparison.html")
     if args.markdown:
-        write_markdown(summary, args.markdown)
+        write_markdown(summary, args.markdown, Path(args.table).stem if args.table else "")
     print(json.dumps(_plain(summary), indent=2) if args.json else _text(summary))
     say(f"page written to {page}")
 

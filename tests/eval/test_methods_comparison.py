@@ -355,6 +355,10 @@ def test_markdown_goes_between_its_marks(folder, tmp_path):
     once = write_markdown(summary, path).read_text()
     assert once.startswith("# Title\n") and once.endswith("\n\nEnd.\n") and "old" not in once
     assert write_markdown(summary, path).read_text() == once
+    path.write_text(once + "<!-- results other -->\n<!-- end of results other -->\nLast.\n")
+    both = write_markdown(summary, path, "other").read_text()
+    assert both.startswith(once) and both.endswith("<!-- end of results other -->\nLast.\n")
+    assert both.count("| method |") == 2 * once.count("| method |")
     path.write_text("no marks")
     with pytest.raises(ValueError, match="results"):
         write_markdown(summary, path)
