@@ -15,6 +15,9 @@ statistic is
   (Hesterberg 2015, "What teachers should know about the bootstrap").  Methods differ in how much
   their seeds differ, so with ``V_m`` the variance when those of method ``m`` alone are redrawn the
   degrees are Welch's, :math:`(\sum_m V_m)^2 / \sum_m V_m^2 / (S_m - 1)`.
+* Where the variance of a method's seeds is known better than from its own few
+  (:mod:`eval.seed_spread`), the first part is a normal draw of the known variances, and the degrees
+  in Welch's formula are theirs.
 * The noise of single pictures shows up in both parts.  ``f`` removes it from the second: with
   ``V`` the variance over prompts of the statistic of all seeds and ``V_1`` that of single seeds,
   the noise's share of ``V`` is ``(V_1 - V) / (S - 1)``, and ``f^2 = 1 - (V_1 - V) / ((S - 1) V)``.
@@ -84,6 +87,7 @@ def interval_of(
     seed: int = 0,
     level: float = 0.95,
     bounds: tuple[float, float] = (-math.inf, math.inf),
+    known: Sequence[tuple[float, float]] = (),
 ) -> Interval:
     """A statistic of one or more methods with its interval over seeds and prompts.
 
@@ -91,6 +95,8 @@ def interval_of(
         statistic: see :data:`Statistic`.
         runs: ``(S, P, K, Q)`` of each method; the numbers of seeds may differ.
         bounds: what the statistic cannot leave, such as 0 and 1 for a share.
+        known: of each method, the variance that its seeds give the statistic and the degrees of
+            freedom of that; without it both come from the method's own seeds.
 
     A method with a single seed leaves the interval undefined: nothing is known of its spread.
     """
@@ -100,15 +106,18 @@ def interval_of(
     sizes = (sum(r.shape[0] * r.shape[2] for r in runs), len(set(pictures.prompts)))
     if min(map(len, runs)) < 2:
         return Interval(mean, math.nan, math.nan, *sizes, "none", level)
-    redrawn = [_redrawn(cells[0], samples, rng) for cells in point]
-    seeds = statistic(*redrawn) - mean
+    if known:
+        variances, own = np.array(known, float).T
+        seeds, freedom = rng.normal(0, math.sqrt(variances.sum()), samples), _welch(variances, own)
+    else:
+        redrawn = [_redrawn(cells[0], samples, rng) for cells in point]
+        seeds, freedom = statistic(*redrawn) - mean, _freedom(statistic, redrawn, point)
     weights = pictures.draw(samples, rng)
     prompts = statistic(*[pictures.cells(r, weights) for r in runs]) - mean
     alone = [
         statistic(*[pictures.cells(r[s : s + 1], weights) for r in runs]).var()
         for s in range(min(map(len, runs)))
     ]
-    freedom = _freedom(statistic, redrawn, point)
     widen = stats.t.ppf((1 + level) / 2, freedom) / stats.norm.ppf((1 + level) / 2)
     drawn = mean + widen * seeds + _own_share(prompts.var(), alone) * prompts
     return _between(mean, drawn, sizes, level, bounds)
@@ -184,8 +193,16 @@ def _freedom(
         .var()
         for m in range(len(point))
     ])  # fmt: skip
-    together = variances.sum()
-    return float(together**2 / (variances**2 / own).sum()) if together > 0 else float(own.min())
+    return _welch(variances, own)
+
+
+def _welch(variances: np.ndarray, own: np.ndarray) -> float:
+    """Degrees of freedom of a sum of parts whose variances are known with ``own`` degrees each."""
+    unsure = float((variances**2 / own).sum())
+    together = float(variances.sum())
+    if together <= 0:
+        return float(own.min())
+    return together**2 / unsure if unsure > 0 else math.inf
 
 
 def _own_share(together: float, alone: Sequence[float]) -> float:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from eval.methods.read import Comparison
+from eval.methods.spreads import at_end, gained, known_variances, over_curve
 from eval.run_statistics import Statistic
 from eval.statistics import Interval
 from mmalign.config import ConfigError, from_dict
@@ -138,7 +139,20 @@ def _interval(comparison: Comparison, claim: Claim, seed: int) -> Interval | Non
     runs = [comparison.values(side, claim.measures, grid, unit) for side in sides]
     if any(np.isnan(r).any() for r in runs):
         return None
-    return comparison.interval(statistic_of(claim, runs[0]), runs, seed=seed)
+    return comparison.interval(
+        statistic_of(claim, runs[0]), runs, seed=seed, known=_known(comparison, claim)
+    )
+
+
+def _known(comparison: Comparison, claim: Claim) -> list[tuple[float, float]]:
+    """What all methods say about the seeds of these; nothing where the statistic is no mean."""
+    of = {"end": at_end, "gain": gained, "curve": over_curve}.get(claim.at)
+    if of is None:
+        return []
+    sides = [(claim.better, 1.0)]
+    if claim.share:
+        sides.append((claim.than, claim.share))
+    return known_variances(comparison, of, sides, claim.measure)
 
 
 def _where(comparison: Comparison, claim: Claim) -> tuple[np.ndarray | None, str]:
@@ -158,7 +172,8 @@ def verdict(interval: Interval, margin: float = 0.0) -> Word:
 
 def gain(comparison: Comparison, name: str, measure: str = "accuracy") -> Interval:
     """End minus start of a method, over its seeds, on the same pictures."""
-    return comparison.interval(_gain, [comparison.values(name, (measure,))])
+    known = known_variances(comparison, gained, [(name, 1.0)], measure)
+    return comparison.interval(_gain, [comparison.values(name, (measure,))], known=known)
 
 
 def statistic_of(claim: Claim, values: np.ndarray) -> Statistic:

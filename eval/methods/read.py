@@ -107,14 +107,19 @@ class Comparison:
         return min(self.methods[name].mean(unit) for name in names)
 
     def interval(
-        self, statistic: Statistic, runs: Sequence[np.ndarray], **options: Any
-    ) -> Interval:
+        self, statistic: Statistic, runs: Sequence[np.ndarray], *,
+        known: Sequence[tuple[float, float]] = (), **options: Any,
+    ) -> Interval:  # fmt: skip
         """A statistic of methods' values, with its interval.
 
         Over seeds and prompts of training; of steering over prompts, as its seeds are only noise.
+
+        Args:
+            known: what is known of the seeds of training, see :mod:`eval.methods.spreads`.
         """
-        over = interval_over_prompts if self.steering else interval_of
-        return over(statistic, runs, self.pictures, **options)
+        if self.steering:
+            return interval_over_prompts(statistic, runs, self.pictures, **options)
+        return interval_of(statistic, runs, self.pictures, known=known, **options)
 
     @property
     def unfinished(self) -> list[Mapping[str, Any]]:

@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import itemgetter
 
 import numpy as np
 
 from eval.methods.claims import At, Claim, Decided, Word, decide, gain, lacks, read_claims, verdict
 from eval.methods.read import Comparison, MethodRuns
+from eval.methods.spreads import at_end, known_variances
 from eval.run_statistics import end_improvement, end_iqm
 from eval.statistics import Interval
 
@@ -84,10 +86,12 @@ class Summary:
     def _curve(self, name: str, measure: str) -> list[Interval]:
         values = self.comparison.values(name, (measure,))
         bounds, interval = SHARE if measure == "accuracy" else FREE, self.comparison.interval
-        return [
-            interval(_at_point, [values[:, p : p + 1]], samples=400, bounds=bounds)
-            for p in range(values.shape[1])
-        ]
+        found = []
+        for p in range(values.shape[1]):
+            known = known_variances(self.comparison, itemgetter((..., p)), [(name, 1.0)], measure)
+            point = [values[:, p : p + 1]]
+            found.append(interval(_at_point, point, samples=400, bounds=bounds, known=known))
+        return found
 
     def _line(self, runs: MethodRuns) -> Line:
         c, name = self.comparison, runs.name
@@ -98,7 +102,12 @@ class Summary:
             beside = c.interval(end_improvement(), both, bounds=SHARE)
         return Line(
             runs=runs,
-            accuracy=c.interval(_at_point, [values[:, -1:]], bounds=SHARE),
+            accuracy=c.interval(
+                _at_point,
+                [values[:, -1:]],
+                bounds=SHARE,
+                known=known_variances(c, at_end, [(name, 1.0)]),
+            ),
             iqm=c.interval(end_iqm(), [values], bounds=SHARE),
             gain=gain(c, name),
             improvement=beside,
