@@ -13,6 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from vision_rewards.compositions.groups import pareto_fronts
+
 Std = Literal["group", "global", "none"]
 
 
@@ -133,6 +135,25 @@ def keep_extremes(advantage: Tensor, valid: Tensor, groups: Tensor, keep: int) -
         order = rows[torch.argsort(advantage[rows], stable=True)]
         mask[order[: keep // 2]] = True
         mask[order[-(keep // 2) :]] = True
+    return mask
+
+
+def non_dominated(
+    parts: Mapping[str, Tensor], weights: Mapping[str, float], valid: Tensor, groups: Tensor
+) -> Tensor:
+    """Mask ``(B,)`` of valid samples that no other of their group dominates (Parrot, 2401.05675).
+
+    A sample dominates another if it is at least as good in every (weighted) reward and better in
+    one. A sample that lacks one of the rewards is left out.
+    """
+    values = torch.stack([w * parts[name] for name, w in weights.items()], 1)
+    scored = valid & torch.isfinite(values).all(1)
+    mask = torch.zeros_like(valid)
+    groups = groups.to(valid.device)
+    for group in torch.unique(groups):
+        rows = torch.nonzero((groups == group) & scored).flatten()
+        if len(rows):
+            mask[rows] = pareto_fronts(values[rows]) == 0
     return mask
 
 

@@ -235,8 +235,14 @@ class AdvantageConfig:
     clip: float = 5.0
     eps: float = 1e-4
     keep: int = 0  # train on the best and worst keep/2 of each group; 0 keeps all
+    select: Literal["all", "pareto"] = "all"  # pareto: those that none of their group dominates
 
     def __post_init__(self) -> None:
+        if self.select == "pareto" and self.keep:
+            raise ConfigError(
+                f"advantage.keep is {self.keep} and advantage.select is 'pareto', which both say "
+                "whom to train on; remove one"
+            )
         for name in ("clip", "eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"advantage.{name} is {getattr(self, name)}; it must be positive")

@@ -7,7 +7,7 @@ recorded steps; one that has a method ``advantage(credit)`` makes its own advant
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from mmalign.sampling.generate import autocast
 from mmalign.sampling.rollout import Plan
 from mmalign.sampling.sharing import shared
 from mmalign.types import Rollout, Score
+from trainers.advantages import keep_extremes, non_dominated
 from trainers.config import AdvantageConfig
 
 T = TypeVar("T")
@@ -221,6 +222,18 @@ def separate_weights(reward: Any, options: AdvantageConfig) -> dict[str, float]:
     return dict(composition.weights)
 
 
+def chosen(
+    options: AdvantageConfig, advantage: Tensor, score: Score, groups: Tensor,
+    weights: Mapping[str, float],
+) -> Tensor:  # fmt: skip
+    """Mask ``(B,)`` of the samples that are trained on; unscored ones are left out elsewhere."""
+    if options.select == "pareto":
+        return non_dominated(score.parts, weights, score.valid, groups)
+    if options.keep:
+        return keep_extremes(advantage, score.valid, groups, options.keep)
+    return torch.ones(len(advantage), dtype=torch.bool, device=advantage.device)
+
+
 class History:
     """Moving mean and deviation of all rewards of a run, as an absolute anchor (VGPO)."""
 
@@ -256,6 +269,11 @@ def check(objective: Any, options: AdvantageConfig, info: RewardInfo, separate: 
         ConfigError: names the setting and what to do.
     """
     name = type(objective).__name__
+    if options.select == "pareto" and not separate:
+        raise ConfigError(
+            "advantage.select is 'pareto', which compares samples reward by reward; use "
+            "advantage.combine 'advantages' and a weighted_sum of two or more rewards"
+        )
     if options.baseline == "tracker":
         _check_tracker(options, separate)
     if STATES & getattr(objective, "needs", frozenset()):
@@ -271,7 +289,7 @@ def check(objective: Any, options: AdvantageConfig, info: RewardInfo, separate: 
             )
     if "children" in getattr(objective, "needs", ()):
         why = f"{name} chooses the best and the worst at every step by itself; remove it"
-        _only_defaults(options, ("keep", "std"), why)
+        _only_defaults(options, ("keep", "select", "std"), why)
     if getattr(objective, "critic", None) is not None:
         _check_critic(name, options, separate)
     own = getattr(objective, "check_reward", None)

@@ -126,11 +126,12 @@ def _check_groups(config: TrainConfig, objective: Any, name: str) -> None:
         )
     if not getattr(objective, "group_draws", False):
         return
-    if config.advantage.keep:
-        raise ConfigError(
-            f"advantage.keep is {config.advantage.keep}, but {name} needs advantages that sum to 0 "
-            "in each group, which those of a part of it do not; remove it"
-        )
+    for part, value in (("keep", config.advantage.keep), ("select", config.advantage.select)):
+        if value not in (0, "all"):
+            raise ConfigError(
+                f"advantage.{part} is {value}, but {name} needs advantages that sum to 0 in each "
+                "group, which those of a part of it do not; remove it"
+            )
     if config.advantage.baseline != "group":
         raise ConfigError(
             f"advantage.baseline is {config.advantage.baseline!r}, but {name} needs advantages "

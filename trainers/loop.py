@@ -9,7 +9,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mmalign.protocols import Policy, RewardModel
@@ -20,7 +19,7 @@ from mmalign.sampling import build_kernel, fitted
 from mmalign.sampling.step_sde import StepSdeKernel
 from mmalign.types import Rollout, Score
 from trainers import calibration, checkpoint, credit
-from trainers.advantages import PromptTracker, combined_advantage, group_advantage, keep_extremes
+from trainers.advantages import PromptTracker, combined_advantage, group_advantage
 from trainers.companion import Setting, build_companion
 from trainers.config import TrainConfig
 from trainers.credit import Credit, History
@@ -304,7 +303,7 @@ class Trainer:
         rollout, score = self.rollouts.mapped(rollout, score)
         evidence, completed = self.evidence(rollout, score, groups)
         advantage = self.advantages(evidence)
-        keep = self._keep(advantage, score.valid, groups)
+        keep = credit.chosen(self.config.advantage, advantage, score, groups, self._weights())
         scored = time.perf_counter()
         targets, keep = self.update.prepare(advantage, keep, groups, score.valid)
         results = self._updates(rollout, targets, keep, groups)
@@ -356,11 +355,6 @@ class Trainer:
 
     def _weights(self) -> dict[str, float]:
         return credit.separate_weights(self.reward, self.config.advantage)
-
-    def _keep(self, advantage: Tensor, valid: Tensor, groups: Tensor) -> Tensor:
-        if self.config.advantage.keep == 0:
-            return torch.ones(len(advantage), dtype=torch.bool, device=advantage.device)
-        return keep_extremes(advantage, valid, groups, self.config.advantage.keep)
 
     def _updates(
         self, rollout: Rollout, advantage: Tensor, keep: Tensor, groups: Tensor

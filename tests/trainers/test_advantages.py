@@ -12,6 +12,7 @@ from trainers.advantages import (
     group_advantage,
     group_statistics,
     keep_extremes,
+    non_dominated,
     zero_spread_share,
 )
 
@@ -189,3 +190,23 @@ def test_share_of_groups_without_spread():
     assert zero_spread_share(values, valid, groups) == 0.5
     valid[5] = False  # group 2 has one score left
     assert zero_spread_share(values, valid, groups) == 0.75
+
+
+def test_non_dominated_samples_by_hand():
+    parts = {
+        "a": torch.tensor([3.0, 2.0, 1.0, 2.0, 3.0, 9.0]),
+        "b": torch.tensor([1.0, 2.0, 3.0, 1.0, float("nan"), 9.0]),
+    }
+    groups, valid = torch.tensor([0, 0, 0, 0, 0, 1]), torch.ones(6, dtype=torch.bool)
+    mask = non_dominated(parts, {"a": 1.0, "b": 1.0}, valid, groups)
+    # The fourth is as good as the second in a and worse in b; the fifth lacks b; the last is alone.
+    assert mask.tolist() == [True, True, True, False, False, True]
+    # Any rising function of a reward leaves the set as it is; a negative weight turns it around.
+    bent = {"a": parts["a"].exp(), "b": parts["b"]}
+    assert torch.equal(non_dominated(bent, {"a": 5.0, "b": 0.1}, valid, groups), mask)
+    turned = non_dominated(parts, {"a": -1.0, "b": 1.0}, valid, groups)
+    assert turned.tolist() == [False, False, True, False, False, True]
+    # With one reward only the best are left; a sample that was not scored dominates nobody.
+    valid[0] = False
+    one = non_dominated({"a": parts["a"]}, {"a": 1.0}, valid, groups)
+    assert one.tolist() == [False, False, False, False, True, True]

@@ -43,6 +43,7 @@ from vision_rewards.guard import RewardFailedError
         ("advantage.keep=3", "advantage.keep is 3; it must be even"),
         ("advantage.keep=-2", "advantage.keep is -2; it must be even"),
         ("advantage.keep=4", "a prompt has only 4 images"),
+        ("advantage={keep: 2, select: pareto}", "both say whom to train on"),
         ("advantage.clip=0.0", "advantage.clip is 0.0; it must be positive"),
         ("advantage.clip=-1.0", "advantage.clip is -1.0; it must be positive"),
         ("advantage.eps=-1.0", "advantage.eps is -1.0; it must be positive"),
@@ -199,6 +200,15 @@ def test_a_tracker_refuses_what_shapes_groups(kit, tmp_path):
             entry.build(kit.cheap(tmp_path, advantage=advantage), tmp_path, load_reward(two))
     plain = kit.cheap(tmp_path, advantage=AdvantageConfig(baseline="tracker"))
     entry.build(plain, tmp_path, load_reward(two))
+
+
+def test_pareto_selection_needs_rewards_one_by_one(kit, tmp_path):
+    two = {"a": (kit.brightness, 1.0), "b": ("contrast", 1.0)}
+    sure = AdvantageConfig(select="pareto", combine="advantages")
+    entry.build(kit.cheap(tmp_path, advantage=sure), tmp_path, load_reward(two))
+    for advantage, reward in ((AdvantageConfig(select="pareto"), two), (sure, kit.brightness)):
+        with pytest.raises(ConfigError, match=r"compares samples reward by reward; use advantage"):
+            entry.build(kit.cheap(tmp_path, advantage=advantage), tmp_path, load_reward(reward))
 
 
 # --- numbers that are not -------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def test_every_shipped_row_is_a_run_that_could_start():
     # student alone is judged in the steps that it is made for.
     shared = {(r.config.policy, replace(r.config.evaluation, steps=None)) for r in runs}
     assert len({evaluation for _, evaluation in shared}) == 1
-    assert {r.method for r in runs if r.config.policy != "shapes-flow"} == {"ddpo"}
+    assert {r.config.policy for r in runs} == {"shapes-flow"}
     few = {r.method: r.config.evaluation.steps for r in runs if r.config.evaluation.steps < 8}
     assert few == {"lcd": 4, "dmd": 4, "r0": 4, "rg_lcd": 2, "lcd_two": 2, "rg_lcd_pixels": 2}
     for method in table.methods.values():
@@ -126,6 +126,7 @@ def test_a_rehearsal_beside_it_says_what_was_judged(tmp_path):
         (SHIPPED, "euphonium", "no_guide", {"objective.strength", "objective.distill"}),
         (SHIPPED, "reinflow", "sparse", {"algorithm", "objective", "rollout.kernel"}),
         ("misled", "srum", "srum_whole", {"objective.regions"}),
+        (SHIPPED, "parrot", "sum", {"advantage.select"}),
         ("misled", "raft", "no_choice", {"objective.top", "forward.draws"}),
     ],
 )

@@ -146,6 +146,7 @@ def test_only_clean_latents_are_kept_whatever_the_sampler(kit, tmp_path):
         ("diffusion_kto", {"optim__updates_per_rollout": 2}, "compares all samples"),
         ("crd", {"optim__updates_per_rollout": 3}, "exceeds the 2 whole prompts"),
         ("dgpo", {"advantage__keep": 2}, "advantage.keep is 2"),
+        ("dgpo", {"advantage__select": "pareto"}, "advantage.select is pareto"),
         ("dgpo", {"advantage__baseline": "tracker"}, "sum to 0 in each group"),
         ("flow_grpo", {"rollout__kernel": "flow_sde"}, "forward.draws is 2, but"),
     ],

@@ -28,6 +28,9 @@ ALGORITHMS = {"one_step": "dense_grpo"} | dict.fromkeys(
 )
 
 
+PARROT = AdvantageConfig(std="group", combine="advantages", select="pareto")
+
+
 def bell(media, prompts):
     """1 at 2, falling to both sides; never negative."""
     return 1 / (1 + (media.flatten(1).mean(1) - 2).square())
@@ -52,7 +55,7 @@ def recipe(kit, folder, method: str) -> TrainConfig:
         save_every=1000,
         model=kit.cheap(folder).model,
         rollout=RolloutConfig(steps=4, guidance_scale=1.0, **sliding),
-        advantage=AdvantageConfig(std="group" if method == "parrot" else "global"),
+        advantage=PARROT if method == "parrot" else AdvantageConfig(),
         optim=OptimConfig(lr=0.05, updates_per_rollout=2 if method == "flow_dppo" else 1),
     )
 
@@ -126,7 +129,7 @@ def test_pareto_selection_moves_towards_both_rewards(kit, tmp_path):
         return -(media.flatten(1).mean(1) - 2.5).abs()
 
     parts = {n: (FunctionReward(f, takes="tensor"), 1.0) for n, f in (("a", left), ("b", right))}
-    reward = build("pareto", parts, {"mode": "front"})
+    reward = build("weighted_sum", parts, {})
     before, after = trained(kit, tmp_path, "parrot", reward)
     inside = [float(((v > 1.5) & (v < 2.5)).float().mean()) for v in (before, after)]
     assert inside[0] < 0.15 and inside[1] > inside[0] + 0.3

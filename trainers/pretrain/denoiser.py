@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from mmalign.policies.base import SAMPLER_FILE
 from mmalign.policies.build import PROMPT_TOKENS
+from mmalign.policies.load import load_policy
 from mmalign.runtime.files import atomic_write_json
 from mmalign.runtime.log import say
 from trainers.muon import Muon
@@ -37,6 +38,8 @@ class DenoiserConfig:
     """Dials that both generators have.
 
     Attributes:
+        start: a shipped name or a folder of a pipeline of the same class to go on from, in the
+            place of random weights; its autoencoder is kept and ``vae`` unused.
         caption_noise: share of the pictures whose caption is false in one fact (another colour,
             shape, count or relation, an object more or fewer). A generator that learned from
             captions of the web was taught so; 0 for the shipped weights.
@@ -61,6 +64,7 @@ class DenoiserConfig:
     seed: int = 0
     device: str = "cpu"
     save_every: int = 250
+    start: str = ""
     caption_noise: float = 0.0
 
     def __post_init__(self) -> None:
@@ -162,6 +166,14 @@ class LatentPool:
         tokens = torch.from_numpy(np.stack([self.tokens[s][r] for s, r in pick])).long()
         device = self.config.device
         return latents.to(device), layouts.to(device), tokens.to(device)
+
+
+def first_pipeline(config: DenoiserConfig, build: Callable[[], Any]) -> Any:
+    """What training starts from, in fp32 on its device: ``config.start``, or what is built."""
+    if config.start:
+        policy: Any = load_policy(config.start, device=config.device, dtype=torch.float32)
+        return policy.pipeline
+    return build().to(config.device)
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> Tensor:

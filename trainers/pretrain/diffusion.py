@@ -35,6 +35,7 @@ from trainers.pretrain.denoiser import (
     LayoutHead,
     draw,
     export,
+    first_pipeline,
     fit,
     make_optimizer,
     tokenize,
@@ -151,23 +152,17 @@ def diffusion_loss(
 
 def train_diffusion(config: DiffusionConfig, size: UNetSize | None = None) -> Path:
     """Pre-train (or resume) the generator; returns the folder of the EMA pipeline."""
-    from diffusers import AutoencoderTiny
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
     torch.manual_seed(config.seed)
-    size = size or UNetSize()
-    folder = config.vae or str(asset("shapes-flow/vae"))
-    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32).to(config.device)
-    # Stock Stable Diffusion scales latents and never shifts them.
-    vae.register_to_config(shift_factor=0.0)
-    pipeline = build_diffusion_pipeline(size, vae, config.seed)
-    pipeline.to(config.device)
+    pipeline = first_pipeline(config, lambda: _new_pipeline(config, size or UNetSize()))
     unet = pipeline.unet
     # At so few tokens plain products are faster on a CPU: a quarter of the backward pass is saved.
     unet.set_attn_processor(AttnProcessor())
-    head = LayoutHead(unet.mid_block, size.channels[-1], _cells).to(config.device)
-    trained = nn.ModuleDict({n: getattr(pipeline, n) for n in _TRAINED}).train()
-    pool = LatentPool(config, vae, pipeline.tokenizer)
+    head = LayoutHead(unet.mid_block, unet.config.block_out_channels[-1], _cells).to(config.device)
+    trained = nn.ModuleDict({n: getattr(pipeline, n) for n in _TRAINED})
+    trained.requires_grad_(True).train()
+    pool = LatentPool(config, pipeline.vae, pipeline.tokenizer)
     empty = tokenize(pipeline.tokenizer, [""]).to(config.device)
     fit(
         config, trained, head, _optimizer(pipeline, head, config), pool,
@@ -175,6 +170,16 @@ def train_diffusion(config: DiffusionConfig, size: UNetSize | None = None) -> Pa
     )  # fmt: skip
     unet.set_attn_processor(AttnProcessor2_0())
     return export(pipeline, Path(config.out) / "pipeline", RECOMMENDED)
+
+
+def _new_pipeline(config: DiffusionConfig, size: UNetSize) -> Any:
+    from diffusers import AutoencoderTiny
+
+    folder = config.vae or str(asset("shapes-flow/vae"))
+    vae = AutoencoderTiny.from_pretrained(folder, torch_dtype=torch.float32)
+    # Stock Stable Diffusion scales latents and never shifts them.
+    vae.register_to_config(shift_factor=0.0)
+    return build_diffusion_pipeline(size, vae, config.seed)
 
 
 def _cells(features: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from mmalign.policies.build import SD3Size, build_pipeline
-from mmalign.policies.load import load_policy
 from trainers.muon import Muon
 from trainers.pretrain.denoiser import (
     Batch,
@@ -24,6 +23,7 @@ from trainers.pretrain.denoiser import (
     LayoutHead,
     draw,
     export,
+    first_pipeline,
     fit,
     make_optimizer,
     tokenize,
@@ -36,19 +36,13 @@ _TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorConfig(DenoiserConfig):
-    """Dials of :func:`train_generator`; the defaults made the shipped weights.
-
-    Attributes:
-        start: a shipped name or a folder of a pipeline of this class to go on from, in the place
-            of random weights; its autoencoder is kept and ``vae`` unused.
-    """
+    """Dials of :func:`train_generator`; the defaults made the shipped weights."""
 
     vae: str = "runs/shapes-vae/vae"
     out: str = "runs/shapes-flow"
     steps: int = 3900
     batch_size: int = 96
     layout_block: int = 3
-    start: str = ""
 
 
 def encode_text(pipeline: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -90,8 +84,15 @@ def flow_loss(
 
 def train_generator(config: GeneratorConfig, size: SD3Size | None = None) -> Path:
     """Pre-train (or resume) the generator; returns the folder of the EMA pipeline."""
+    from diffusers import AutoencoderTiny
+
     torch.manual_seed(config.seed)
-    pipeline = _first_pipeline(config, size)
+    pipeline = first_pipeline(
+        config,
+        lambda: build_pipeline(
+            size or SD3Size(), AutoencoderTiny.from_pretrained(config.vae), config.seed
+        ),
+    )
     network = pipeline.transformer
     block = network.transformer_blocks[config.layout_block]
     head = LayoutHead(block, network.inner_dim, lambda output: output[1]).to(config.device)
@@ -103,17 +104,6 @@ def train_generator(config: GeneratorConfig, size: SD3Size | None = None) -> Pat
         lambda batch, step: flow_loss(pipeline, head, batch, empty, config, step),
     )  # fmt: skip
     return export(pipeline, Path(config.out) / "pipeline", RECOMMENDED)
-
-
-def _first_pipeline(config: GeneratorConfig, size: SD3Size | None) -> Any:
-    """What training starts from, in fp32 on its device."""
-    from diffusers import AutoencoderTiny
-
-    if config.start:
-        policy: Any = load_policy(config.start, device=config.device, dtype=torch.float32)
-        return policy.pipeline
-    vae = AutoencoderTiny.from_pretrained(config.vae).to(config.device)
-    return build_pipeline(size or SD3Size(), vae, config.seed).to(config.device)
 
 
 def _optimizer(pipeline: Any, head: LayoutHead, config: GeneratorConfig) -> Muon:
