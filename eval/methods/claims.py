@@ -193,16 +193,15 @@ def _mean(cells: np.ndarray) -> np.ndarray:
 
 
 def _gain(cells: np.ndarray) -> np.ndarray:
-    found = _mean(cells)
-    return np.asarray(found[:, -1, 0] - found[:, 0, 0])
+    return gained(_mean(cells)[..., 0])
 
 
 def _end(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray(_mean(a)[:, -1, 0] - _mean(b)[:, -1, 0])
+    return at_end(_mean(a)[..., 0]) - at_end(_mean(b)[..., 0])
 
 
 def _curve(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    return np.asarray((_mean(a) - _mean(b))[:, 1:, 0].mean(1))
+    return over_curve(_mean(a)[..., 0]) - over_curve(_mean(b)[..., 0])
 
 
 def _at_equal_proxy(a: np.ndarray, b: np.ndarray) -> np.ndarray:

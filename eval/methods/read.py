@@ -84,6 +84,7 @@ class Comparison:
     table: Mapping[str, Any]
     methods: dict[str, MethodRuns]
     _kept: dict[tuple[str, int, str], np.ndarray] = field(default_factory=dict)
+    _means: dict[tuple[str, str], np.ndarray] = field(default_factory=dict)
 
     @property
     def grid(self) -> np.ndarray:
@@ -174,6 +175,13 @@ class Comparison:
             ],
             -1,
         )
+
+    def means(self, name: str, measure: str) -> np.ndarray:
+        """``(S, P)``: the mean over tasks of each run at the points of :meth:`grid_of`."""
+        if (name, measure) not in self._means:
+            cells = self.pictures.cells(self.values(name, (measure,)))
+            self._means[name, measure] = cells[0, ..., 0].mean(1)
+        return self._means[name, measure]
 
     def _own(self, name: str, run: RunCurve, measure: str) -> np.ndarray:
         """``(E, K)``: of the evaluations of one run."""

@@ -9,7 +9,7 @@ import numpy as np
 from eval.methods.read import Comparison
 from eval.seed_spread import spread_of
 
-# From task means of runs at the points of the budget, (S, P), to one number for each run, (S,).
+# From means of rows at the points of the budget, (N, P), to one number for each, (N,).
 OfRuns = Callable[[np.ndarray], np.ndarray]
 # Measures that are read from results; others would have a judge look at every picture of all rows.
 READ = ("accuracy", "partial")
@@ -45,10 +45,7 @@ def known_variances(
     """
     if comparison.steering or measure not in READ:
         return []
-    runs = {
-        name: of(comparison.pictures.cells(comparison.values(name, (measure,)))[0].mean(1)[..., 0])
-        for name in comparison.methods
-    }
+    runs = {name: of(comparison.means(name, measure)) for name in comparison.methods}
     spread = spread_of(list(runs.values()))
     if spread is None or any(len(runs[name]) < 2 for name, _ in sides):
         return []

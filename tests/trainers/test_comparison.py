@@ -91,9 +91,8 @@ def test_every_shipped_row_is_a_run_that_could_start():
     # One base model and one set of pictures, or curves would not start at one point; a few-step
     # student alone is judged in the steps that it is made for.
     shared = {(r.config.policy, replace(r.config.evaluation, steps=None)) for r in runs}
-    assert len({evaluation for _, evaluation in shared}) == 1
-    assert {r.config.policy for r in runs} == {"shapes-flow"}
-    few = {r.method: r.config.evaluation.steps for r in runs if r.config.evaluation.steps < 8}
+    assert len(shared) == 1
+    few = {r.method: r.config.evaluation.steps for r in runs if r.config.evaluation.steps != 8}
     assert few == {"lcd": 4, "dmd": 4, "r0": 4, "rg_lcd": 2, "lcd_two": 2, "rg_lcd_pixels": 2}
     for method in table.methods.values():
         assert method.control or (method.claim and method.paper)

@@ -21,7 +21,7 @@ from mmalign.shapes.splits import held_out_pair
 from trainers.muon import Muon, orthogonalise
 from trainers.pretrain import data
 from trainers.pretrain.autoencoder import AutoencoderConfig, train_autoencoder
-from trainers.pretrain.captions import KINDS, mislabelled, near_misses
+from trainers.pretrain.captions import KINDS, CaptionTable, near_misses
 from trainers.pretrain.denoiser import LatentPool
 from trainers.pretrain.diffusion import (
     RECOMMENDED,
@@ -114,7 +114,7 @@ def test_a_generator_goes_on_from_another_with_wrong_captions(tmp_path: Path) ->
 
 def test_wrong_captions_are_near_misses_that_training_may_use() -> None:
     specs = [spec for spec, _ in itertools.islice(data.shard_scenes(0), 150)]
-    said = mislabelled([caption(s) for s in specs], 0.6, random.Random(0))
+    said = CaptionTable().mislabelled([caption(s) for s in specs], 0.6, random.Random(0))
     changed = [(s, parse(t)) for s, t in zip(specs, said, strict=True) if parse(t) != s]
     assert 0.5 < len(changed) / len(specs) < 0.7
     kinds = set()

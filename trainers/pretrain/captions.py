@@ -85,25 +85,6 @@ def _with(spec: PromptSpec, index: int, changed: ObjectSpec) -> PromptSpec:
     return PromptSpec(tuple(objects), spec.relation)
 
 
-def mislabelled(captions: Sequence[str], share: float, rng: random.Random) -> list[str]:
-    """The captions, a ``share`` of them exchanged for a near miss that training may use.
-
-    A kind of fact is chosen first, so that colours, which have the most near misses, are not wrong
-    more often than counts.
-    """
-    said = []
-    for text in captions:
-        if rng.random() < share:
-            misses: dict[str, list[PromptSpec]] = {}
-            for kind, spec in near_misses(parse(text)):
-                if split_of(spec) == "train":
-                    misses.setdefault(kind, []).append(spec)
-            if misses:
-                text = caption_of(rng.choice(misses[rng.choice(sorted(misses))]))
-        said.append(text)
-    return said
-
-
 def true_specs(scene: Scene) -> tuple[list[PromptSpec], list[PromptSpec]]:
     """What can truthfully be said of ``scene``, and what is too close to call.
 
@@ -171,3 +152,18 @@ class CaptionTable:
                     found.setdefault(kind, []).append(miss)
             self._negatives[key] = found
         return self._negatives[key]
+
+    def mislabelled(self, captions: Sequence[str], share: float, rng: random.Random) -> list[str]:
+        """The captions, a ``share`` of them exchanged for a near miss that training may use.
+
+        A kind of fact is chosen first, so that colours, which have the most near misses, are not
+        wrong more often than counts.
+        """
+        said = []
+        for text in captions:
+            if rng.random() < share:
+                misses = self.negatives(self.number(parse(text)))
+                if misses:
+                    text = self.captions[rng.choice(misses[rng.choice(sorted(misses))])]
+            said.append(text)
+        return said

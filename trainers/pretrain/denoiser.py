@@ -26,7 +26,7 @@ from mmalign.policies.load import load_policy
 from mmalign.runtime.files import atomic_write_json
 from mmalign.runtime.log import say
 from trainers.muon import Muon
-from trainers.pretrain.captions import mislabelled
+from trainers.pretrain.captions import CaptionTable
 from trainers.pretrain.data import ensure_shards, load_captions
 from trainers.pretrain.steps import Stateful, checked, resumable_steps
 
@@ -149,7 +149,7 @@ class LatentPool:
         captions = load_captions(self.paths[index])
         if c.caption_noise:
             rng = random.Random(f"shapes caption noise {c.seed} {index}")
-            captions = mislabelled(captions, c.caption_noise, rng)
+            captions = CaptionTable().mislabelled(captions, c.caption_noise, rng)
         tokens = tokenize(self.tokenizer, captions).to(torch.int16)
         np.savez(
             path, latents=np.concatenate(parts), layouts=shard["layouts"], tokens=tokens.numpy()
