@@ -147,7 +147,7 @@ def _bench_methods(parser: Parser) -> None:
     group.add_argument("--nfe", type=int, help="methods: evaluations of a run (the table's)")
     text = "steering: a tuned model, folder of a pipeline or of a LoRA; --reward steers"
     group.add_argument("--tuned", metavar="FOLDER", help=text)
-    group.add_argument("--table", metavar="FILE", help="control, subject, misled, or a file")
+    group.add_argument("--table", metavar="FILE", help="control, subject, misled, misled_ratio or a file")
     group.add_argument("--short", action="store_true", help="a rehearsal of a minute or two")
     text = "few-step: the generator that --policy was distilled from (shapes-flow)"
     group.add_argument("--teacher", metavar="NAME_OR_PATH", help=text)

@@ -13,8 +13,8 @@ from mmalign.registry import unknown
 
 SHIPPED = Path(__file__).with_name("methods.yaml")
 PANEL = Path(__file__).with_name("panel.yaml")  # of `mmalign bench panel`
-# Tables beside it: two judged on pictures of their own, one from another start.
-OTHERS = ("control", "subject", "misled")
+# Tables beside it: two judged on pictures of their own, two from another start.
+OTHERS = ("control", "subject", "misled", "misled_ratio")
 LONGEST_TITLE = 22
 
 
