@@ -147,7 +147,8 @@ def _bench_methods(parser: Parser) -> None:
     group.add_argument("--nfe", type=int, help="methods: evaluations of a run (the table's)")
     text = "steering: a tuned model, folder of a pipeline or of a LoRA; --reward steers"
     group.add_argument("--tuned", metavar="FOLDER", help=text)
-    group.add_argument("--table", metavar="FILE", help="control, subject, misled, misled_ratio or a file")
+    text = "a shipped table (preferences, gradients, few_step, ...) or a file"
+    group.add_argument("--table", metavar="NAME_OR_FILE", help=text)
     group.add_argument("--short", action="store_true", help="a rehearsal of a minute or two")
     text = "few-step: the generator that --policy was distilled from (shapes-flow)"
     group.add_argument("--teacher", metavar="NAME_OR_PATH", help=text)
@@ -159,6 +160,8 @@ def _bench_methods(parser: Parser) -> None:
     text = "runs side by side (1); 0 runs nothing and writes the page from what is there"
     group.add_argument("--jobs", type=int, help=text)
     group.add_argument("--markdown", metavar="FILE", help="also write the tables into this file")
+    text = "archive to take ended runs from, and to keep them in (.tar.xz, not few-step)"
+    group.add_argument("--records", metavar="FILE", help=text)
 
 
 def _bench(parser: Parser) -> None:

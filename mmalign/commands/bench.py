@@ -17,7 +17,7 @@ _OPTIONS = (
 
 _FEW_STEP = ("teacher", "evaluations", "lora", "margin")
 _FEW_STEP_FOREIGN = (*_OPTIONS, "reward", "batch_sizes", "objectives", "gradient_steps")
-_METHODS = ("methods", "seeds", "nfe", "table", "short", "jobs", "markdown", "tuned")
+_METHODS = ("methods", "seeds", "nfe", "table", "short", "jobs", "markdown", "records", "tuned")
 _EVALUATION_OPTIONS = (
     "device", "dtype", "batch_size", "images", "steps", "guidance_scale", "repeats", "out",
 )  # fmt: skip

@@ -57,9 +57,34 @@ def compare(args: Namespace, default: str, run_all: Callable[..., dict[str, Any]
     jobs = at_least("--jobs", args.jobs, 0)
     out = Path(args.out or default + ("-short" if args.short else ""))
     threads = at_least("--threads", args.threads, 1) or 1
+    from_records(args, out)
     record = run_all(out, 1 if jobs is None else jobs, threads)
     _show(record, out, args)
+    keep_records(args, out)  # after the page, whose claims have asked their judges
     return int(any(r["state"] == "failed" for r in record["runs"]))
+
+
+def from_records(args: Namespace, out: Path) -> None:
+    """Put the runs of ``--records`` that ``out`` lacks there, where that archive exists.
+
+    Raises:
+        CommandError: it is no such archive.
+    """
+    from eval.methods.records import RecordsError, unpack
+
+    if args.records and Path(args.records).exists():
+        try:
+            say(f"{unpack(args.records, out)} runs taken from {args.records}")
+        except RecordsError as error:
+            raise CommandError(str(error)) from error
+
+
+def keep_records(args: Namespace, out: Path) -> None:
+    """Write all runs of ``out`` that have ended into ``--records``, if that is asked for."""
+    from eval.methods.records import pack
+
+    if args.records:
+        say(f"{pack(out, args.records)} runs kept in {args.records}")
 
 
 def _show(record: dict[str, Any], out: Path, args: Namespace) -> None:

@@ -6,7 +6,15 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from mmalign.commands.bench_methods import _FOREIGN, at_least, names, numbers, refuse
+from mmalign.commands.bench_methods import (
+    _FOREIGN,
+    at_least,
+    from_records,
+    keep_records,
+    names,
+    numbers,
+    refuse,
+)  # fmt: skip
 from mmalign.commands.common import table
 from mmalign.runtime.log import say
 
@@ -27,7 +35,9 @@ def run(args: Namespace) -> int:
     jobs = at_least("--jobs", args.jobs, 0)
     out = Path(args.out or OUT + ("-short" if args.short else ""))
     threads = at_least("--threads", args.threads, 1) or 1
+    from_records(args, out)
     record = run_all(chosen, out, 1 if jobs is None else jobs, threads)
+    keep_records(args, out)
     failed = [r for r in record["runs"] if r["state"] == "failed"]
     for r in failed:
         say(f"{r['method']}, seed {r['seed']} failed: {r['error']}")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from eval.methods.claims import Claim, decide, gain, read_claims, statistic_of, verdict
 from eval.methods.judges import measured
@@ -16,130 +15,16 @@ from eval.methods.markdown import BEGIN, END, claim_cells, tables, write_markdow
 from eval.methods.page import comparison_page
 from eval.methods.read import read_comparison
 from eval.methods.summary import Summary
-from eval.result import EvalResult, Row, summarise
 from eval.statistics import Interval
 from mmalign.commands.bench_methods import _plain
 from mmalign.config import ConfigError
 
-PROMPTS, BUDGET = 24, 900
-# Accuracy of each method at 0, 300, 600 and 900 evaluations.
-CURVES = {
-    "base": (0.3, 0.3, 0.3, 0.3),
-    "early": (0.3, 0.8, 0.8, 0.8),
-    "late": (0.3, 0.3, 0.4, 0.8),
-}
-
-
-def result(folder: Path, share: float, rng: np.random.Generator, proxy: float) -> None:
-    """An evaluation of two tasks in which ``share`` of the pictures is right, up to chance."""
-    rows = []
-    for k in range(PROMPTS):
-        task = "colors" if k < PROMPTS // 2 else "counting"
-        picture = folder / "images" / f"p{k}.png"
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((32, 32, 3), 8 * k, np.uint8)).save(picture)
-        right = float(k % 12 < round(12 * share) + rng.integers(-1, 2))
-        rows.append(
-            Row(
-                key=f"p{k}",
-                prompt=f"a photo of {k}",
-                task=task,
-                sample=0,
-                seed=k,
-                value=right,
-                valid=True,
-                partial=proxy,
-                image=f"images/p{k}.png",
-            )
-        )
-    by_task, overall = summarise(rows)
-    EvalResult(
-        benchmark="shapes",
-        version="1",
-        label=folder.name,
-        policy="p",
-        settings={},
-        rows=tuple(rows),
-        tasks=by_task,
-        overall=overall,
-    ).save(folder / "result.json")
-
-
-def run(folder: Path, curve: tuple[float, ...], seed: int) -> None:
-    """A finished run of nine steps of 100 evaluations and 2 seconds each."""
-    for point, share in enumerate(curve):
-        spot = {0: "before", 3: "after"}.get(point, f"step_{3 * point:06d}")
-        # The base is the same for all, so it is evaluated with the same noise.
-        rng = np.random.default_rng(seed * 100 + point if point else 0)
-        result(folder / "eval" / spot, share, rng, proxy=0.5 + 0.1 * point)
-    log = [{"step": s, "nfe": 100 * s, "seconds": 2.0 * s} for s in range(1, 10)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
-    ended = {"steps": 9, "nfe": 900, "seconds": 18.0, "finished": True}
-    (folder / "run.json").write_text(json.dumps(ended))
-
-
-CLAIMS = [
-    {"says": "late beats doing nothing", "better": "late", "than": "base"},
-    {"says": "doing nothing beats late", "better": "base", "than": "late"},
-    {"says": "early ends above late", "better": "early", "than": "late"},
-    {"says": "early needs fewer", "better": "early", "than": "late", "at": "curve"},
-    {"says": "about nobody", "better": "early", "than": "gone"},
-]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Three methods of three seeds, and a run that failed."""
-    out = tmp_path_factory.mktemp("comparison")
-    runs = []
-    for name, curve in CURVES.items():
-        for seed in (0, 1, 2):
-            run(out / name / f"seed_{seed}", curve, seed + 10 * len(runs))
-            runs.append(
-                {
-                    "method": name,
-                    "seed": seed,
-                    "folder": f"{name}/seed_{seed}",
-                    "state": "finished",
-                    "error": "",
-                }
-            )
-    runs.append(
-        {
-            "method": "gone",
-            "seed": 0,
-            "folder": "gone/seed_0",
-            "state": "failed",
-            "error": "no <such> policy",
-        }
-    )
-    rows = {
-        n: {
-            "title": n.title(),
-            "proxies": ["partial"],
-            "control": n == "base",
-            "claim": f"what {n} says",
-            "paper": "0000.00000",
-        }
-        for n in (*CURVES, "gone")
-    }
-    table = {
-        "nfe": BUDGET,
-        "points": 3,
-        "seeds": [0, 1, 2],
-        "reference": "base",
-        "threads": 1,
-        "methods": rows,
-        "claims": CLAIMS,
-        "runs": runs,
-    }
-    (out / "comparison.json").write_text(json.dumps(table))
-    return out
+PROMPTS = 24  # of the fixture
 
 
 def test_curves_are_read_at_equal_parts_of_the_budget(folder):
     comparison = read_comparison(folder)
-    assert list(comparison.methods) == list(CURVES)
+    assert list(comparison.methods) == ["base", "early", "late"]
     values = comparison.values("early", ("accuracy", "partial"))
     assert values.shape == (3, 4, PROMPTS, 2)
     assert values[..., 1].mean((0, 2)) == pytest.approx([0.5, 0.6, 0.7, 0.8])
@@ -155,11 +40,11 @@ def test_points_between_evaluations_are_interpolated(folder):
     assert values[:, 1] == pytest.approx((values[:, 0] + values[:, 2]) / 2)
 
 
-def test_verdicts_follow_from_the_interval_alone(folder):
+def test_verdicts_follow_from_the_interval_alone(folder, claims):
     comparison = read_comparison(folder)
-    found = [decide(comparison, c).word for c in read_claims(CLAIMS)]
+    found = [decide(comparison, c).word for c in read_claims(claims)]
     assert found == ["supported", "not supported", "undecided", "supported", "undecided"]
-    assert "gone" in decide(comparison, read_claims(CLAIMS)[4]).why
+    assert "gone" in decide(comparison, read_claims(claims)[4]).why
     strict = Claim(says="by far", better="late", than="base", margin=0.9)
     assert decide(comparison, strict).word == "not supported"
     assert verdict(gain(comparison, "early")) == "supported"
@@ -235,21 +120,21 @@ def without(folder: Path, out: Path, name: str, seed: int, state: str) -> Path:
     return out / held["folder"]
 
 
-def test_no_verdict_before_all_seeds_have_ended(folder, tmp_path):
+def test_no_verdict_before_all_seeds_have_ended(folder, tmp_path, claims):
     without(folder, tmp_path, "late", 1, "failed")
     summary = Summary(read_comparison(tmp_path))
-    found = decide(summary.comparison, read_claims(CLAIMS)[0])
+    found = decide(summary.comparison, read_claims(claims)[0])
     assert (found.word, found.why) == ("undecided", "late lacks seed 1")
     assert found.interval is not None and found.interval.defined
     words = {line.runs.name: (line.word, line.lacks) for line in summary.lines}
     assert words["late"] == ("undecided", "late lacks seed 1")
     assert words["early"] == ("supported", "")
     summary.comparison.table = {**summary.comparison.table, "seeds": [0, 2]}
-    assert "late has 2 of 3 seeds" in decide(summary.comparison, read_claims(CLAIMS)[0]).why
+    assert "late has 2 of 3 seeds" in decide(summary.comparison, read_claims(claims)[0]).why
 
 
 @pytest.mark.parametrize("evaluated", [True, False])
-def test_a_run_that_diverged_counts_as_it_ended(folder, tmp_path, evaluated):
+def test_a_run_that_diverged_counts_as_it_ended(folder, tmp_path, evaluated, claims):
     """Left out, it would leave the method to be judged by the seeds that survived."""
     own = without(folder, tmp_path, "late", 1, "diverged")
     (own / "eval/after").rename(own / "eval/diverged")
@@ -262,7 +147,7 @@ def test_a_run_that_diverged_counts_as_it_ended(folder, tmp_path, evaluated):
     assert run.nfe.tolist() == [0, 300, 600, 700][: 4 if evaluated else 3]
     kept = summary.comparison.values("late")[1, -1, :, 0]
     assert kept.tolist() == [r.value for r in run.results[-1].rows]
-    assert decide(summary.comparison, read_claims(CLAIMS)[0]).why == ""
+    assert decide(summary.comparison, read_claims(claims)[0]).why == ""
     said, page = tables(summary), comparison_page(summary, tmp_path / "page.html").read_text()
     assert "Late (1 of 3 diverged)" in said and "judged as they ended: late, seed 1: norm" in said
     assert "Diverged: late, seed 1: norm is nan" in page
@@ -288,11 +173,11 @@ def test_claims_after_equal_updates(folder, tmp_path):
     assert found.interval.mean == pytest.approx(0.5, abs=0.1)
 
 
-def test_claims_that_make_no_sense_are_refused():
+def test_claims_that_make_no_sense_are_refused(claims):
     with pytest.raises(ConfigError, match="measur"):
-        read_claims([{**CLAIMS[0], "measur": "accuracy"}])
+        read_claims([{**claims[0], "measur": "accuracy"}])
     with pytest.raises(ConfigError, match="parts"):
-        read_claims([{**CLAIMS[0], "at": "minimum"}])
+        read_claims([{**claims[0], "at": "minimum"}])
 
 
 def test_a_run_judged_on_other_pictures_is_named(folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from eval.in_training import evaluate_in_training
 from eval.methods.claims import read_claims
 from eval.methods.page import comparison_page
 from eval.methods.read import read_comparison
+from eval.methods.records import pack, unpack
 from eval.methods.summary import Summary
 from mmalign.config import ConfigError
 from mmalign.registry import UnknownNameError
@@ -88,12 +90,8 @@ def test_every_shipped_row_is_a_run_that_could_start():
         config = run.config
         assert config.max_nfe == table.nfe and config.seed == run.seed
         assert config.steps * config.batch * config.rollout.steps > table.nfe
-    # One base model and one set of pictures, or curves would not start at one point; a few-step
-    # student alone is judged in the steps that it is made for.
-    shared = {(r.config.policy, replace(r.config.evaluation, steps=None)) for r in runs}
-    assert len(shared) == 1
-    few = {r.method: r.config.evaluation.steps for r in runs if r.config.evaluation.steps != 8}
-    assert few == {"lcd": 4, "dmd": 4, "r0": 4, "rg_lcd": 2, "lcd_two": 2, "rg_lcd_pixels": 2}
+    # One base model and one set of pictures, or curves would not start at one point.
+    assert len({(r.config.policy, r.config.evaluation) for r in runs}) == 1
     for method in table.methods.values():
         assert method.control or (method.claim and method.paper)
 
@@ -104,9 +102,14 @@ def test_rows_of_the_tables_beside_it_could_start_too(name):
     read_claims(table.claims)
     runs = plan(table)
     assert len(runs) == len(table.methods) * 3
-    judged = "shapes" if name.startswith("misled") else f"shapes_{name}"
+    judged = f"shapes_{name}" if name in ("control", "subject") else "shapes"
     assert {run.config.evaluation.benchmark for run in runs} == {judged}
     assert len(plan(choose(table, short=True))) == 4
+
+
+def test_a_few_step_student_is_judged_in_the_steps_that_it_is_made_for():
+    steps = {r.method: r.config.evaluation.steps for r in plan(read_table("few_step"))}
+    assert steps == {"lcd": 4, "dmd": 4, "r0": 4, "rg_lcd": 2, "lcd_two": 2, "rg_lcd_pixels": 2}
 
 
 def test_a_rehearsal_beside_it_says_what_was_judged(tmp_path):
@@ -149,7 +152,7 @@ def test_choosing_rows_keeps_claims_that_can_be_decided():
 
 
 def test_rows_on_pairs_train_on_what_is_prepared():
-    table = choose(read_table(), ["dpo", "sail", "mapo", "flow_grpo"], [0], 0)
+    table = choose(read_table("preferences"), ["dpo", "sail", "mapo", "flow_grpo"], [0], 0)
     assert set(table.prepare) == {"pairs", "few"} and "--pairs" in table.prepare["few"]
     runs = {run.method: run for run in plan(table, Path("x"))}
     where = {name: run.config.pairs and run.config.pairs.data for name, run in runs.items()}
@@ -160,8 +163,8 @@ def test_rows_on_pairs_train_on_what_is_prepared():
     # 144 rows, 2 draws: with the reference's pass a step is 576 evaluations, without it 288.
     for name, cost in (("dpo", 576), ("mapo", 288)):
         assert runs[name].config.steps * cost > table.nfe
-    assert not choose(read_table(), ["flow_grpo", "d3po"]).prepare
-    short = choose(read_table(), ["dpo"], short=True)
+    assert not choose(read_table("preferences"), ["flow_grpo", "d3po"]).prepare
+    short = choose(read_table("preferences"), ["dpo"], short=True)
     assert short.prepare["pairs"][-2:] == ("--pairs", "24")
     row = Method(title="t", recipe="shapes_dpo", overrides=('pairs.data="{out}/pears"',))
     with pytest.raises(UnknownNameError, match="'pears'"):
@@ -170,14 +173,14 @@ def test_rows_on_pairs_train_on_what_is_prepared():
 
 def test_a_base_is_lent_where_it_is_sampled_alike():
     """Of two students of four steps, one steps along the path and one noises afresh."""
-    names = ["draft", "flow_grpo", "vgpo", "lcd", "dmd"]
-    runs = {r.method: r for r in plan(choose(read_table(), names))}
+    tables = [read_table(name) for name in (SHIPPED, "gradients", "few_step")]
+    runs = {r.method: r for table in tables for r in plan(table)}
     assert _base(runs["vgpo"]) == _base(runs["flow_grpo"])
     assert _base(runs["draft"]) != _base(runs["flow_grpo"])  # its steps are even
     assert _base(runs["lcd"]) != _base(runs["dmd"])
     assert _base(runs["lcd"])[:-1] == _base(runs["dmd"])[:-1]
     # ReFL's chains end early: steps must outlast a budget that each of them spends little of.
-    least = plan(choose(read_table(), ["refl"], [0]))[0].config
+    least = plan(choose(read_table("gradients"), ["refl"], [0]))[0].config
     assert least.panel is None and least.steps * least.batch * 2 > least.max_nfe
 
 
@@ -295,6 +298,19 @@ def test_another_seed_adds_one_run_that_shares_the_base(finished):
     assert ends[0] != ends[1]
     nothing = run_all(tiny_table(), out, jobs=0)
     assert [r["state"] for r in nothing["runs"]] == ["finished", "missing"]
+
+
+def test_runs_out_of_records_are_not_run_again(finished, tmp_path):
+    """Beside them another seed makes the base's pictures itself: records have none to lend."""
+    out, _ = finished
+    assert pack(out, tmp_path / "kept.tar.xz") >= 1
+    unpack(tmp_path / "kept.tar.xz", tmp_path / "new")
+    shutil.rmtree(tmp_path / "new/good/seed_1", ignore_errors=True)
+    record = run_all(choose(tiny_table(), ["good"], [0, 1]), tmp_path / "new")
+    assert [r["state"] for r in record["runs"]] == ["finished"] * 2
+    kept, made = (tmp_path / f"new/good/seed_{s}/eval/before" for s in (0, 1))
+    assert not list(kept.rglob("*.png")) and list(made.rglob("*.png"))
+    assert Summary(read_comparison(tmp_path / "new")).lines
 
 
 @pytest.mark.parametrize(

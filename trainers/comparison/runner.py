@@ -208,7 +208,9 @@ def _lend_base(run: Run, runs: Sequence[Run], out: Path) -> None:
         return
     for other in runs:
         source = out / other.folder / "eval" / "before"
-        if _base(other) == _base(run) and (source / "result.json").is_file():
+        # A run out of records has verdicts alone.
+        whole = all((source / name).is_file() for name in ("result.json", "samples.jsonl"))
+        if whole and _base(other) == _base(run):
             with atomic_directory(target) as partial:
                 shutil.copytree(source, partial, dirs_exist_ok=True)
             return

@@ -13,8 +13,10 @@ from mmalign.registry import unknown
 
 SHIPPED = Path(__file__).with_name("methods.yaml")
 PANEL = Path(__file__).with_name("panel.yaml")  # of `mmalign bench panel`
-# Tables beside it: two judged on pictures of their own, two from another start.
-OTHERS = ("control", "subject", "misled", "misled_ratio")
+# Tables beside it: other families, two judged on pictures of their own, two from another start.
+OTHERS = (
+    "preferences", "gradients", "few_step", "control", "subject", "misled", "misled_ratio",
+)  # fmt: skip
 LONGEST_TITLE = 22
 
 
