@@ -217,6 +217,30 @@ def test_data_that_cannot_be_prepared_fails_its_rows_alone(tmp_path):
     assert held["state"] == "failed" and "pairs is 0" in held["error"]
 
 
+def test_data_may_need_other_data(tmp_path):
+    """Pairs of a model that is made before them; where that fails, they are not tried."""
+    row = Method(title="P", recipe="shapes_dpo", overrides=('pairs.data="{out}/pairs"', *TINY[:1]))
+    made = {
+        "other": ("prefs", "make"),
+        "model": ("prefs", "make", "--pairs", "0"),
+        "pairs": ("prefs", "make", "--policy", "{out}/model/pipeline"),
+    }
+    table = replace(
+        tiny_table(), methods={"paired": row}, reference="paired", overrides=(), prepare=made
+    )
+    assert set(choose(table).prepare) == {"model", "pairs"}
+    (held,) = run_all(choose(table), tmp_path, jobs=1)["runs"]
+    assert held["state"] == "failed" and "pairs is 0" in held["error"]
+    assert not (tmp_path / "prepared/pairs").exists()
+    with pytest.raises(ConfigError, match="prepare pairs needs model"):
+        replace(table, prepare=dict(reversed(made.items())))
+    make = ["prefs", "make", "--policy", "tiny-sd3", "--reward", "saturation", "--pairs", "1"]
+    make += ["-o", "steps=1", "-o", "prompts={out}/prompts.txt"]
+    (tmp_path / "prepared/prompts.txt").write_text("a red disc\n" * 4)
+    prepare("pairs", make, tmp_path)
+    assert read_jsonl(tmp_path / "prepared/pairs/pairs.jsonl")[0]["prompt"] == "a red disc"
+
+
 def test_impossible_tables_are_refused():
     row = Method(title="t", recipe="shapes_flow_grpo")
     fine = {"nfe": 10, "points": 1, "seeds": (0,), "reference": "a", "methods": {"a": row}}

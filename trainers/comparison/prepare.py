@@ -22,10 +22,13 @@ MARK = "prepared.json"
 def prepare(name: str, command: Sequence[str], out: Path, threads: int = 1) -> None:
     """Make ``name`` by a command of ``mmalign``, unless it is there.
 
+    ``{out}`` in the command stands for the folder of all prepared data.
+
     Raises:
         ConfigError: the command failed, or the folder holds what another command made.
     """
-    folder, command = out / PREPARED / name, [str(word) for word in command]
+    made = (out / PREPARED).as_posix()
+    folder, command = Path(made) / name, [str(w).replace("{out}", made) for w in command]
     if _made(folder, command):
         return
     say(f"preparing {name}: mmalign {' '.join(command)} --out {folder}")

@@ -163,8 +163,8 @@ def _prepare(
 ) -> None:  # fmt: skip
     """Make the data that unfinished runs train on; where that fails, so have they."""
     for name in table.prepare:
-        needy = [r for r in runs if name in table.methods[r.method].needs]
-        waiting = [r.folder for r in needy if states[r.folder] != "finished"]
+        needy = [r.folder for r in runs if name in table.needs(r.method)]
+        waiting = [folder for folder in needy if states[folder] in ("missing", "started")]
         try:
             if waiting:
                 prepare(name, table.prepare[name], out, threads)

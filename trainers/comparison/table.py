@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ OTHERS = (
     "preferences", "gradients", "few_step", "control", "subject", "misled", "misled_ratio",
 )  # fmt: skip
 LONGEST_TITLE = 22
+
+
+def prepared(words: Iterable[str]) -> tuple[str, ...]:
+    """What of the prepared data is named in these, as ``{out}/NAME``."""
+    return tuple(name for word in words for name in re.findall(r"\{out\}/(\w+)", word))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,9 +50,8 @@ class Method:
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """What has to be prepared for this row, by name."""
-        data = (o for o in self.overrides if o.startswith(("pairs.data=", "policy=")))
-        return tuple(name for o in data for name in re.findall(r"\{out\}/(\w+)", o))
+        """What this row trains on or starts from, by name."""
+        return prepared(o for o in self.overrides if o.startswith(("pairs.data=", "policy=")))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +72,8 @@ class Table:
 
     ``prepare`` are commands of ``mmalign``, by the name of what they make: data that rows train on,
     made once, before the runs, in a folder that is added as ``--out``. A row names that folder as
-    ``{out}/NAME`` in its overrides. Arguments of ``short`` under the same name are added.
+    ``{out}/NAME`` in its overrides, and so may a later command. Arguments of ``short`` under the
+    same name are added.
     """
 
     nfe: int
@@ -95,10 +100,23 @@ class Table:
             for made in method.needs:
                 if made not in self.prepare:
                     raise unknown(f"data of method {name} (under prepare)", made, self.prepare)
+        made = set[str]()
+        for name, command in self.prepare.items():
+            if missing := [n for n in prepared(command) if n not in made]:
+                raise ConfigError(f"prepare {name} needs {missing[0]}, which must stand before it")
+            made.add(name)
         for claim in self.claims:
             for side in ("better", "than"):
                 if claim.get(side) not in self.methods:
                     raise unknown(f"method ({side})", str(claim.get(side)), self.methods)
+
+    def needs(self, row: str) -> set[str]:
+        """What has to be prepared for a row, by name: what it trains on, and what that needs."""
+        wanted = set(self.methods[row].needs)
+        for name, command in reversed(self.prepare.items()):
+            if name in wanted:
+                wanted.update(prepared(command))
+        return wanted
 
 
 def read_table(path: str | Path = SHIPPED) -> Table:
@@ -141,7 +159,7 @@ def choose(
         if name not in table.methods:
             raise unknown("method", name, table.methods)
     wanted = tuple(dict.fromkeys(methods)) or tuple(table.methods)
-    needed = {made for name in wanted for made in table.methods[name].needs}
+    needed = {made for name in wanted for made in table.needs(name)}
     return replace(
         table,
         nfe=nfe or table.nfe,
