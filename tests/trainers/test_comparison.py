@@ -153,7 +153,7 @@ def test_choosing_rows_keeps_claims_that_can_be_decided():
 
 def test_rows_on_pairs_train_on_what_is_prepared():
     table = choose(read_table("preferences"), ["dpo", "sail", "mapo", "flow_grpo"], [0], 0)
-    assert set(table.prepare) == {"pairs", "few"} and "--pairs" in table.prepare["few"]
+    assert set(table.prepare) == {"misled", "pairs", "few"} and "60" in table.prepare["few"]
     runs = {run.method: run for run in plan(table, Path("x"))}
     where = {name: run.config.pairs and run.config.pairs.data for name, run in runs.items()}
     assert where == {
@@ -163,9 +163,9 @@ def test_rows_on_pairs_train_on_what_is_prepared():
     # 144 rows, 2 draws: with the reference's pass a step is 576 evaluations, without it 288.
     for name, cost in (("dpo", 576), ("mapo", 288)):
         assert runs[name].config.steps * cost > table.nfe
-    assert not choose(read_table("preferences"), ["flow_grpo", "d3po"]).prepare
+    assert set(choose(read_table("preferences"), ["flow_grpo", "d3po"]).prepare) == {"misled"}
     short = choose(read_table("preferences"), ["dpo"], short=True)
-    assert short.prepare["pairs"][-2:] == ("--pairs", "24")
+    assert short.prepare["pairs"][-4:] == ("--pairs", "24", "-o", "margin=0.01")
     row = Method(title="t", recipe="shapes_dpo", overrides=('pairs.data="{out}/pears"',))
     with pytest.raises(UnknownNameError, match="'pears'"):
         replace(table, methods={**table.methods, "t": row})
