@@ -20,8 +20,8 @@ from mmalign.runtime.files import atomic_directory, atomic_write_bytes
 RUN = "run.json"
 # Of a run, by what is there.
 KEPT = (
-    "config.yaml", "spec.json", RUN, "metrics.jsonl", "panel.jsonl", f"../{TIMING}",
-    "eval/*/result.json", f"eval/*/{JUDGES}",
+    "config.yaml", "spec.json", RUN, "metrics.jsonl", "panel.jsonl", "eval/*/result.json",
+    f"eval/*/{JUDGES}",
 )  # fmt: skip
 
 
@@ -36,13 +36,13 @@ def pack(folder: Path | str, archive: Path | str) -> int:
     """
     folder = Path(folder)
     runs = sorted(p.parent for p in folder.glob(f"*/*/{RUN}") if _ended(p))
-    files = {f.resolve() for run in runs for kept in KEPT for f in run.glob(kept)}
-    root = folder.resolve()
+    files = {f for run in runs for kept in KEPT for f in run.glob(kept)}
+    files |= {f for run in runs for f in run.parent.glob(TIMING)}  # of its row
     data = io.BytesIO()
     with tarfile.open(fileobj=data, mode="w", format=tarfile.PAX_FORMAT) as tar:
         for file in sorted(files):
             content = file.read_bytes()
-            entry = tarfile.TarInfo(file.relative_to(root).as_posix())
+            entry = tarfile.TarInfo(file.relative_to(folder).as_posix())
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
     if runs:

@@ -113,9 +113,9 @@ class Table:
     def needs(self, row: str) -> set[str]:
         """What has to be prepared for a row, by name: what it trains on, and what that needs."""
         wanted = set(self.methods[row].needs)
-        for name, command in reversed(self.prepare.items()):
+        for name in reversed(tuple(self.prepare)):
             if name in wanted:
-                wanted.update(prepared(command))
+                wanted.update(prepared(self.prepare[name]))
         return wanted
 
 
