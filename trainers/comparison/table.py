@@ -100,11 +100,11 @@ class Table:
             for made in method.needs:
                 if made not in self.prepare:
                     raise unknown(f"data of method {name} (under prepare)", made, self.prepare)
-        made = set[str]()
+        earlier = set[str]()
         for name, command in self.prepare.items():
-            if missing := [n for n in prepared(command) if n not in made]:
-                raise ConfigError(f"prepare {name} needs {missing[0]}, which must stand before it")
-            made.add(name)
+            if late := [n for n in prepared(command) if n not in earlier]:
+                raise ConfigError(f"prepare {name} needs {late[0]}, which must stand before it")
+            earlier.add(name)
         for claim in self.claims:
             for side in ("better", "than"):
                 if claim.get(side) not in self.methods:
