@@ -78,7 +78,8 @@ def test_ratio_starts_at_one_under_moved_noise(kit, tmp_path):
     trainer = build(kit, tmp_path, steps=3, objective={"noise_lr": 0.3, "kl_beta": 0.1})
     before = noise_of(trainer).detach().clone()
     first, second = trainer.train_step(), trainer.train_step()
-    assert first["ratio/max_deviation"] == 0 and second["ratio/max_deviation"] < 1e-6
+    # In fp32 some processors round the same sum otherwise with a gradient than without.
+    assert max(r["ratio/max_deviation"] for r in (first, second)) < 1e-6
     assert first["kl"] < 1e-12 < second["kl"]  # between equal noise: it is the velocity's alone
     assert (noise_of(trainer) - before).abs().min() > 0.1
     assert trainer.update.kernel is trainer.rollouts.kernel

@@ -34,6 +34,7 @@ def on_the_bed(k: int = 1500, **options):
     return method.run(GaussianPolicy(), quadratic(1.5), ["any"])
 
 
+# Errors are standard deviations over seeds; what is resampled by steeper weights has larger ones.
 @pytest.mark.parametrize(
     ("options", "mean", "error"),
     [
@@ -41,8 +42,8 @@ def on_the_bed(k: int = 1500, **options):
         ({"potential": "difference", "threshold": 0.5}, 0.750, 0.016),  # carried to the end
         ({"potential": "difference", "threshold": 0.9}, 0.750, 0.016),  # carried, then resampled
         ({"potential": "difference", "estimate": "lagged", **ALWAYS}, 0.750, 0.016),
-        ({"potential": "difference", "tempering": "linear", **ALWAYS}, 0.750, 0.016),
-        ({"potential": "difference", "tempering": 0.05, **ALWAYS}, 0.750, 0.016),
+        ({"potential": "difference", "tempering": "linear", **ALWAYS}, 0.750, 0.020),
+        ({"potential": "difference", "tempering": 0.05, **ALWAYS}, 0.750, 0.032),
         ({"potential": "difference", "scheme": "ssp", **ALWAYS}, 0.750, 0.016),
         ({"potential": "max", **FEW}, 0.346, 0.023),
         ({"potential": "sum", **FEW}, 0.346, 0.023),
