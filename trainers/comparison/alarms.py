@@ -80,4 +80,5 @@ def _of(method: str, runs: Sequence[Sequence[Mapping[str, Any]]]) -> Alarms:
         at = [int(row["step"]) for row in rows if row["flags"]]
         steps += at[:1]
         rules.update({test["rule"] for row in rows for test in row["tests"] if test["raised"]})
-    return Alarms(method, len(runs), tuple(steps), dict(rules.most_common()))
+    ranked = sorted(rules.items(), key=lambda rule: (-rule[1], rule[0]))
+    return Alarms(method, len(runs), tuple(steps), dict(ranked))
