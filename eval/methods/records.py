@@ -88,5 +88,7 @@ def _read(archive: Path) -> dict[PurePosixPath, bytes]:
 
 
 def _ended(run: Path) -> bool:
+    """Whether the evaluation at its end is there too; steering writes its file after them all."""
     ended = json.loads(run.read_text(encoding="utf-8"))
-    return bool(ended.get("finished") or ended.get("diverged"))
+    judged = "points" in ended or (run.parent / "eval/after/result.json").is_file()
+    return bool(ended.get("diverged") or (ended.get("finished") and judged))

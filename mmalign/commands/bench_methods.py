@@ -54,17 +54,28 @@ def compare(args: Namespace, default: str, run_all: Callable[..., dict[str, Any]
         default: folder where ``--out`` is not given.
         run_all: takes the folder, jobs and threads; returns the record of the comparison.
     """
-    jobs = at_least("--jobs", args.jobs, 0)
-    out = Path(args.out or default + ("-short" if args.short else ""))
-    threads = at_least("--threads", args.threads, 1) or 1
-    from_records(args, out)
-    record = run_all(out, 1 if jobs is None else jobs, threads)
+    record, out = run_missing(args, default, run_all)
     _show(record, out, args)
     keep_records(args, out)  # after the page, whose claims have asked their judges
     return int(any(r["state"] == "failed" for r in record["runs"]))
 
 
-def from_records(args: Namespace, out: Path) -> None:
+def run_missing(
+    args: Namespace, default: str, run_all: Callable[..., dict[str, Any]]
+) -> tuple[dict[str, Any], Path]:
+    """Run what neither the folder nor ``--records`` has; the record and the folder.
+
+    Args:
+        default, run_all: as of :func:`compare`.
+    """
+    jobs = at_least("--jobs", args.jobs, 0)
+    out = Path(args.out or default + ("-short" if args.short else ""))
+    threads = at_least("--threads", args.threads, 1) or 1
+    _from_records(args, out)
+    return run_all(out, 1 if jobs is None else jobs, threads), out
+
+
+def _from_records(args: Namespace, out: Path) -> None:
     """Put the runs of ``--records`` that ``out`` lacks there, where that archive exists.
 
     Raises:

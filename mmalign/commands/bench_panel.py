@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from pathlib import Path
+from functools import partial
 
 from mmalign.commands.bench_methods import (
     _FOREIGN,
     at_least,
-    from_records,
     keep_records,
     names,
     numbers,
     refuse,
-)  # fmt: skip
+    run_missing,
+)
 from mmalign.commands.common import table
 from mmalign.runtime.log import say
 
@@ -32,11 +32,7 @@ def run(args: Namespace) -> int:
         read_table(args.table or PANEL), names(args.methods), numbers(args.seeds),
         at_least("--nfe", args.nfe, 1) or 0, args.short,
     )  # fmt: skip
-    jobs = at_least("--jobs", args.jobs, 0)
-    out = Path(args.out or OUT + ("-short" if args.short else ""))
-    threads = at_least("--threads", args.threads, 1) or 1
-    from_records(args, out)
-    record = run_all(chosen, out, 1 if jobs is None else jobs, threads)
+    record, out = run_missing(args, OUT, partial(run_all, chosen))
     keep_records(args, out)
     failed = [r for r in record["runs"] if r["state"] == "failed"]
     for r in failed:

@@ -71,7 +71,8 @@ def test_runs_that_have_not_ended_are_left_out(folder, tmp_path):
     ended = copy / "late/seed_2/run.json"
     ended.write_text(json.dumps({**json.loads(ended.read_text()), "finished": False}))
     (copy / "late/seed_1/run.json").unlink()
-    assert pack(copy, tmp_path / "some.tar.xz") == RUNS - 2
+    shutil.rmtree(copy / "late/seed_0/eval/after")  # killed before its last evaluation
+    assert pack(copy, tmp_path / "some.tar.xz") == RUNS - 3
     assert pack(tmp_path / "nowhere", tmp_path / "none.tar.xz") == 0
     assert not (tmp_path / "none.tar.xz").exists()
 
