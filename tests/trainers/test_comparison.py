@@ -255,6 +255,22 @@ def test_impossible_tables_are_refused():
         plan(wrong)
 
 
+def test_a_table_extends_a_file_beside_it(tmp_path):
+    """What it says itself stands, what it prepares is added, and circles are refused."""
+    (tmp_path / "mine.yaml").write_text(
+        "extends: shared.yaml\nnfe: 500\nreference: a\nprepare: {more: [prefs, make]}\n"
+        "methods: {a: {title: A, recipe: shapes_flow_grpo}}\n"
+    )
+    (tmp_path / "shared.yaml").write_text(SHIPPED.with_name("shared.yaml").read_text())
+    mine, shipped = read_table(tmp_path / "mine.yaml"), read_table()
+    assert (mine.nfe, mine.points, mine.seeds) == (500, shipped.points, shipped.seeds)
+    assert mine.overrides == shipped.overrides
+    assert list(mine.prepare) == ["misled", "more"] and not choose(mine).prepare
+    (tmp_path / "shared.yaml").write_text("extends: mine.yaml\n")
+    with pytest.raises(ConfigError, match="in turn"):
+        read_table(tmp_path / "mine.yaml")
+
+
 # --- the runner --------------------------------------------------------------------------------
 
 TINY = (

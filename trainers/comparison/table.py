@@ -122,12 +122,27 @@ class Table:
 def read_table(path: str | Path = SHIPPED) -> Table:
     """The table in a YAML file, or the shipped one of a name in :data:`OTHERS`.
 
+    A table may say ``extends: FILE``, a file beside it: what it does not say itself is taken from
+    there, and its commands under ``prepare`` stand after those of that file.
+
     Raises:
         ConfigError: not such a table. UnknownNameError: a claim about no method of it.
     """
     if str(path) in OTHERS:
         path = SHIPPED.with_name(f"{path}.yaml")
-    return from_dict(Table, load_yaml(path))
+    return from_dict(Table, _extended(Path(path)))
+
+
+def _extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    own = load_yaml(path)
+    if "extends" not in own:
+        return own
+    base = path.with_name(str(own.pop("extends")))
+    if base in (*above, path):
+        raise ConfigError(f"{path} extends {base.name}, which extends it in turn")
+    taken = _extended(base, (*above, path))
+    prepare = {**taken.get("prepare", {}), **own.get("prepare", {})}
+    return {**taken, **own, **({"prepare": prepare} if prepare else {})}
 
 
 def choose(
