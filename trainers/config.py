@@ -118,7 +118,7 @@ class RolloutConfig:
     calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
 
     def __post_init__(self) -> None:
-        _positive("rollout.steps", self.steps - 1, "at least 2")
+        _positive("rollout.steps", self.steps, "at least 1")
         if self.size is not None and (self.size < 16 or self.size % 16):
             raise ConfigError(f"rollout.size is {self.size}; it must be a multiple of 16 pixels")
         if not 0 < self.fraction <= 1:

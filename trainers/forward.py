@@ -49,6 +49,11 @@ def check_process(config: TrainConfig, objective: Any, policy: Policy, kernel: K
         objective.check_policy(policy)
     if process_of(objective) == "gradient":
         return  # see trainers.gradient.start
+    if config.rollout.steps < 2:
+        raise ConfigError(
+            f"rollout.steps is {config.rollout.steps}, but the rollouts of {name} need at least 2; "
+            "one step is for generators that are made for it, trained by a reward's gradient (r0)"
+        )
     if process_of(objective) == "reverse":
         for key, value in changed(config.forward, ForwardConfig()):
             raise ConfigError(

@@ -35,7 +35,7 @@ from vision_rewards.guard import RewardFailedError
         ("model.adapter=lorra", "Did you mean 'lora'?"),
         ("steps=many", "'steps' is 'many' (str), expected int"),
         ("images_per_prompt=1", "at least 2 images"),
-        ("rollout.steps=1", "rollout.steps"),
+        ("rollout.steps=0", "rollout.steps is 0"),
         ("rollout.fraction=0.0", "must lie in (0, 1]"),
         ("optim.updates_per_rollout=99", "exceeds the 8 images"),
         ("rollout={train: window, window: 0, window_start: [0, 1]}", "rollout.window is 0"),
@@ -92,6 +92,11 @@ def test_unknown_objective_option(kit, tmp_path):
 def test_a_kernel_without_density_cannot_train(kit, tmp_path):
     with pytest.raises(ValueError, match="need a stochastic kernel: flow_sde"):
         entry.train(kit.cheap(tmp_path, rollout__kernel="ode"), reward=kit.brightness)
+
+
+def test_rollouts_have_more_than_one_step(kit, tmp_path):
+    with pytest.raises(ConfigError, match="rollout.steps is 1, but the rollouts of .*at least 2"):
+        entry.train(kit.cheap(tmp_path, rollout__steps=1), reward=kit.brightness)
 
 
 @pytest.mark.parametrize("target", ["attn.to_z", "o_q", "ttn.to_q"])

@@ -198,6 +198,15 @@ def test_the_reward_rises(kit, tmp_path, plus):
         assert lengths == {1, 2, 3, 4}
 
 
+def test_a_generator_of_one_step_learns(kit, tmp_path):
+    trainer = gaussian(kit, tmp_path, rollout__steps=1, optim__lr=0.02)
+    assert len(trainer.policy.sigmas(1)) == 2
+    found = [trainer.train_step() for _ in range(10)]
+    assert found[-1]["reward/mean"] > found[0]["reward/mean"] + 0.1
+    each = found[0]["images"]
+    assert found[0]["nfe"] == 2 * each  # the one evaluation, made again for the backward pass
+
+
 def _generators():
     from random import Random
 
