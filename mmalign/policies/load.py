@@ -31,6 +31,7 @@ BUILT = {**TINY, "shapes-control": "mmalign.policies.control:shapes_control"}
 SHIPPED = {
     "shapes-flow": "shapes-flow",
     "shapes-turbo": "shapes-turbo",
+    "shapes-instant": "shapes-instant",
     "shapes-sd": "shapes-sd",
     **dict.fromkeys(BUILT, ""),
 }
@@ -56,8 +57,8 @@ def load_policy(
 
     Args:
         source: a diffusers pipeline object, a folder written by ``save_pretrained``, the name of
-            a shipped model (``shapes-flow``, ``shapes-turbo``, ``shapes-sd``), or a hub repository
-            name. A policy is returned as it is.
+            a shipped model (``shapes-flow``, ``shapes-sd``, and of few steps ``shapes-turbo``
+            and ``shapes-instant``), or a hub repository name. A policy is returned as it is.
         device, dtype: where and in what precision the weights are held. ``None`` leaves a
             pipeline object as it is (it may mix precisions, or be offloaded) and loads a name in
             fp32 on the CPU.

@@ -93,8 +93,8 @@ class Reno(Sampling):
         if engine.steps > FEW_STEPS:
             say(
                 f"reno: {engine.steps} steps of {policy.name} are back-propagated in every "
-                f"iteration; it is made for generators of at most {FEW_STEPS} (shapes-turbo). For "
-                "this one use dno, or best_of_n"
+                f"iteration; it is made for generators of at most {FEW_STEPS} (shapes-turbo, "
+                "shapes-instant). For this one use dno, or best_of_n"
             )
         cost = {"nfe": engine.steps * engine.evaluations, "reward_calls": 1, "decodes": 1}
         iterations = engine.afford(self.iterations, "iteration", **cost)
