@@ -95,7 +95,7 @@ def test_a_kernel_without_density_cannot_train(kit, tmp_path):
 
 
 def test_rollouts_have_more_than_one_step(kit, tmp_path):
-    with pytest.raises(ConfigError, match="rollout.steps is 1, but the rollouts of .*at least 2"):
+    with pytest.raises(ConfigError, match=r"rollout\.steps is 1, but the rollouts of .*at least 2"):
         entry.train(kit.cheap(tmp_path, rollout__steps=1), reward=kit.brightness)
 
 
