@@ -134,6 +134,7 @@ def read_table(path: str | Path = SHIPPED) -> Table:
 
 
 def _extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """What a file says, over what it extends; ``above`` are the files that extend it."""
     own = load_yaml(path)
     if "extends" not in own:
         return own
@@ -142,7 +143,7 @@ def _extended(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} extends {base.name}, which extends it in turn")
     taken = _extended(base, (*above, path))
     prepare = {**taken.get("prepare", {}), **own.get("prepare", {})}
-    return {**taken, **own, **({"prepare": prepare} if prepare else {})}
+    return {**taken, **own, "prepare": prepare}
 
 
 def choose(
