@@ -35,7 +35,7 @@ class ShapesSubject:
     """Prompts with a subject beside another object, whose colour is named and none of its own.
 
     Args:
-        subject: ``striped_star``, ``checked_square`` or ``ringed_circle``.
+        subject: a name of :data:`mmalign.shapes.subject.SUBJECTS`.
         split: ``train``, ``validation`` or ``test``.
         prompts_per_task: distinct prompts at most; there is one task.
         samples_per_prompt: pictures of each prompt.
@@ -46,7 +46,7 @@ class ShapesSubject:
     """
 
     name = "shapes_subject"
-    version = "1"
+    version = "2"
     keeps_parts = True
 
     def __init__(
@@ -54,7 +54,7 @@ class ShapesSubject:
         split: str = "test",
         prompts_per_task: int = 40,
         samples_per_prompt: int = 4,
-        subject: str = "striped_star",
+        subject: str = "halved_triangle",
         token: str = TOKEN,
     ) -> None:
         if min(prompts_per_task, samples_per_prompt) < 1:

@@ -13,7 +13,7 @@ from mmalign.shapes.scene import Pattern, Placed, Scene
 
 SUPERSAMPLE = 4
 CIRCLE = 0.92  # of the radius: equal visual weight with the polygons
-BAND = 0.36  # of the radius: width of a stripe; thinner ones are lost in the autoencoder
+BAND = 0.36  # of the radius: width of a stripe; the shipped autoencoder blurs it
 
 
 def render(scene: Scene, size: int = 64) -> Image.Image:
@@ -78,7 +78,7 @@ def _textured(canvas: Image.Image, placed: Placed, pattern: Pattern) -> None:
     v = math.cos(turn) * down - math.sin(turn) * across
     cells = {
         "stripes": np.floor(u / BAND), "checks": np.floor(u / BAND) + np.floor(v / BAND),
-        "rings": np.floor(np.hypot(u, v) / BAND),
+        "rings": np.floor(np.hypot(u, v) / BAND), "halves": np.floor(u),
     }  # fmt: skip
     second = cells[pattern.kind] % 2 > 0
     two = (np.asarray(rgb, np.uint8) for rgb in (pattern.rgb, placed.rgb))

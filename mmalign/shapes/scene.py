@@ -22,9 +22,10 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A second colour on an object: ``stripes``, ``checks`` or ``rings``, in the object's frame."""
+    """A second colour on an object: ``stripes``, ``checks``, ``rings`` or ``halves``, in the object's
+    frame."""
 
-    kind: Literal["stripes", "checks", "rings"]
+    kind: Literal["stripes", "checks", "rings", "halves"]
     rgb: tuple[int, int, int]
 
 

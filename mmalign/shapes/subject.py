@@ -41,6 +41,7 @@ class Subject:
 
 
 SUBJECTS: Mapping[str, Subject] = {
+    "halved_triangle": Subject("triangle", "blue", Pattern("halves", COLORS["yellow"])),
     "striped_star": Subject("star", "blue", Pattern("stripes", COLORS["yellow"])),
     "checked_square": Subject("square", "red", Pattern("checks", COLORS["cyan"])),
     "ringed_circle": Subject("circle", "green", Pattern("rings", COLORS["pink"])),

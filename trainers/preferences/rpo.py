@@ -51,6 +51,10 @@ class Rpo(AgainstReference):
         references: pictures of the subject: a folder, a file, or ``shapes:NAME``.
         sharpness: :math:`\\kappa`, how much a difference of rewards says about who is preferred.
         similarity: :math:`s`, weight of the error on reference pictures.
+        subject_prompt: what the reference pictures really show (``a photo of a v star``); the first
+            term then teaches them under this prompt alone. Without it, under the prompts of the
+            recipe, as published.
+        subject_share: share of a step's pairs that have ``subject_prompt``, in the place of theirs.
         outcomes: ``drawn`` draws :math:`y` anew at every use of a pair; ``expected`` has :math:`q`
             in its place, which is the mean of the loss over such draws.
     """
@@ -63,12 +67,16 @@ class Rpo(AgainstReference):
     references: str = ""
     sharpness: float = 1.0
     similarity: float = 1.0
+    subject_prompt: str = ""
+    subject_share: float = 0.5
     outcomes: Literal["drawn", "expected"] = "drawn"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         not_negative(similarity=self.similarity)
         positive(sharpness=self.sharpness)
+        if not 0 < self.subject_share <= 1:
+            raise ValueError(f"subject_share must be above 0 and at most 1, got {self.subject_share}")
 
     def check_recipe(self, config: Any) -> None:
         """Refuse a run without a subject, or with pictures that nobody would look at.
@@ -120,6 +128,9 @@ class Rpo(AgainstReference):
         y = (0.5 + (batch.advantage[0::2] - batch.advantage[1::2]).double() / 4).clamp(0, 1)
         preference = y * F.softplus(-z) + (1 - y) * F.softplus(z)
         similarity = matching_error(batch, batch.velocity)[0::2]
+        if self.subject_prompt:
+            own_prompt = [p == self.subject_prompt for p in batch.probing.prompts[0::2]]
+            similarity = similarity * similarity.new_tensor(own_prompt)
         margin = z.detach()
         agrees = torch.where(y >= 0.5, margin, -margin)
         return self.similarity * similarity + preference, {

@@ -15,7 +15,7 @@ from mmalign.sampling import Plan
 from mmalign.types import Media, Rollout, Score
 from trainers.config import TrainConfig
 from trainers.credit import everywhere
-from trainers.data import rows_of_step
+from trainers.data import Rows, rows_of_step
 from trainers.preferences.latents import fitted
 from trainers.rollouts import Rollouts, everywhere_sum
 from vision_rewards.prefetch import Prefetch
@@ -63,7 +63,7 @@ class SubjectPairs(Rollouts):
     ) -> tuple[Rollout, int]:
         """This process's share of the pairs of ``step``; evaluations over all processes."""
         self._step, plan = step, plan or self.plan(step)
-        rows = rows_of_step(self.config, self.prompts, step)
+        rows = self._rows(step)
         rows = rows.part(self.accelerator.process_index, self.accelerator.num_processes, PAIR)
         drawn = self._collect(rows[1::PAIR], plan)
         chosen = [self._reference(step, g) for g in drawn.groups.tolist()]
@@ -74,6 +74,24 @@ class SubjectPairs(Rollouts):
         order = torch.arange(len(rows)).reshape(PAIR, -1).T.flatten()
         rollout = Rollout.cat([shown, drawn])[order]
         return rollout, everywhere_sum(self.accelerator, drawn.nfe)
+
+    def _rows(self, step: int) -> Rows:
+        """All rows of a step; its first pairs have the subject's own prompt, where there is one."""
+        rows = rows_of_step(self.config, self.prompts, step)
+        if not (own := self.objective.subject_prompt):
+            return rows
+        count = PAIR * self._alone
+        return replace(rows, prompts=(own,) * count + rows.prompts[count:])
+
+    @property
+    def _alone(self) -> int:
+        """Pairs of a step that have the subject's own prompt: one at least, all at most."""
+        return max(1, round(self.objective.subject_share * self.config.prompts_per_step))
+
+    def seen(self, steps: int) -> set[str]:
+        """The prompts of the first ``steps`` steps, and the subject's own."""
+        own = self.objective.subject_prompt
+        return super().seen(steps) | ({own} if own else set())
 
     def _reference(self, step: int, group: int) -> int:
         """Which reference picture a pair has: all of them in turn."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -84,6 +85,20 @@ def test_loss_by_hand():
     assert metrics["implicit_accuracy"].tolist() == right
 
 
+def test_references_are_taught_under_their_own_prompt_alone():
+    prompts = ("a photo of sks",) * 2 + ("sks on the beach",) * 4
+    probe = SimpleNamespace(prompts=prompts)
+    b = batch(same=True, probe=probe)
+    named = Rpo(references="x", subject_prompt="a photo of sks", beta=3.0)
+    loss, _ = named.loss(b)
+    error = matching_error(b, b.velocity)[0::2]
+    wanted = math.log(2) + error * torch.tensor([1.0, 0.0, 0.0])
+    torch.testing.assert_close(loss, wanted.double(), rtol=1e-6, atol=1e-6)
+    for share in (0.0, 1.5):
+        with pytest.raises(ValueError, match="subject_share must be above 0 and at most 1"):
+            Rpo(references="x", subject_share=share)
+
+
 def test_outcomes_are_drawn_with_their_probability():
     coins = torch.rand(4000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     objective = Rpo(references="x")
@@ -123,6 +138,21 @@ def test_rows_of_a_step(kit, greys, subject, tmp_path):
     assert numbers["reward/reference"] == pytest.approx(float((wanted + 2).mean() / 4), abs=1e-5)
     sigma, noise = trainer.update.forward.draw(rollout, 0)
     assert sigma[0::2].equal(sigma[1::2]) and noise[0::2].equal(noise[1::2])
+
+
+@pytest.mark.parametrize(("share", "own"), [(0.01, 1), (0.5, 2), (1.0, 4)])
+def test_a_share_of_the_pairs_has_the_prompt_of_the_subject(
+    kit, greys, subject, tmp_path, share, own
+):
+    wanted = {"subject_prompt": "a photo of sks", "subject_share": share}
+    source = build(greys, kit.brightness, recipe(greys, tmp_path, subject)).rollouts
+    other = build(
+        greys, kit.brightness, recipe(greys, tmp_path, subject, objective=wanted)
+    ).rollouts
+    plain, mixed = source.sample(0)[0], other.sample(0)[0]
+    assert mixed.prompts == ("a photo of sks",) * 2 * own + plain.prompts[2 * own :]
+    assert mixed.seeds == plain.seeds and mixed.groups.equal(plain.groups)
+    assert other.seen(3) == source.seen(3) | {"a photo of sks"}
 
 
 def test_what_cannot_be_scored_is_no_pair(greys, subject, tmp_path):
