@@ -151,10 +151,9 @@ class CtrlU:
         found |= {name: torch.zeros_like(loss) for name in names}
         if not len(rows):
             return loss, found
-        first, second = self._seen(batch, rows)
+        first, doubt = self._seen(batch, rows)
         assert batch.maps is not None
         labels = batch.maps[rows, 0].long()
-        doubt = uncertainty(first, second, self.uncertainty)
         reward, cost = rectified(first, labels, doubt), doubt.flatten(1).mean(1)
         right = ((first.argmax(1) == labels).flatten(1).sum(1)).double()
         right = right / (labels != UNKNOWN).flatten(1).sum(1).clamp_min(1)
@@ -165,13 +164,21 @@ class CtrlU:
         return loss.index_add(0, rows, added.to(loss)), found
 
     def _seen(self, batch: ForwardBatch, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the clean estimates at ``t`` and ``t + 1`` of some rows, with gradient."""
+        """Logits of the clean estimates at ``t`` of some rows, and ``V``, both with gradient.
+
+        Without ``uncertainty`` nothing is asked at ``t + 1``, and ``V`` is 0.
+        """
         probe, kind = batch.probing, batch.parameterisation
-        later = batch.sigma[rows] + self.apart
-        x = noised(kind, batch.clean[rows], batch.noise[rows], later)
-        beside = split(kind, x, later, probe.call(x, later, rows=rows))[0]
-        estimates = torch.cat([batch.estimate(batch.velocity)[rows], beside]).float()
+        estimates = batch.estimate(batch.velocity)[rows]
+        if self.uncertainty > 0:
+            later = batch.sigma[rows] + self.apart
+            x = noised(kind, batch.clean[rows], batch.noise[rows], later)
+            beside = split(kind, x, later, probe.call(x, later, rows=rows))[0]
+            estimates = torch.cat([estimates, beside])
         with torch.autocast(estimates.device.type, enabled=False):
-            pixels = decoded(probe.policy, estimates, self.clamp, self.decode_chunk)
-            first, second = self.segments.logits(pixels).chunk(2)
-        return first, second
+            pixels = decoded(probe.policy, estimates.float(), self.clamp, self.decode_chunk)
+            seen = self.segments.logits(pixels)
+        if self.uncertainty == 0:
+            return seen, seen.new_zeros(len(seen), *seen.shape[2:])
+        first, second = seen.chunk(2)
+        return first, uncertainty(first, second, self.uncertainty)

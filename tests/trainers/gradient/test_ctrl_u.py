@@ -180,7 +180,9 @@ def test_the_loss_by_hand_and_nothing_above_the_highest_level():
     picked = -p.gather(1, labels[:, None])[:, 0].log()
     wanted = plain[0] + 0.5 * (picked * (-doubt).exp()).mean() + doubt.mean()
     torch.testing.assert_close(loss[0], wanted, rtol=1e-3, atol=1e-5, check_dtype=False)
-    sure, _ = CtrlU(reward_weight=0.5, uncertainty=0.0).loss(batch_at([0.3, 0.7])[0])
+    batch, _ = batch_at([0.3, 0.7])
+    sure, _ = CtrlU(reward_weight=0.5, uncertainty=0.0).loss(batch)
+    assert batch.probing.nfe == 0
     torch.testing.assert_close(sure[0], plain[0] + 0.5 * picked.mean(), check_dtype=False)
 
 
@@ -308,7 +310,7 @@ def test_wrong_combinations_are_refused(kit, tmp_path):
 
 def test_the_recipe_makes_a_step_on_the_shipped_generator(tmp_path):
     changes = ["steps=1", "prompts_per_step=1", "images_per_prompt=2", "rollout.steps=2"]
-    changes += ["forward.draws=2", "objective.t_max=0.9"]
+    changes += ["forward.draws=2", "objective.t_max=0.9", "optim.updates_per_rollout=1"]
     config = entry.resolve_recipe("shapes_ctrl_u", [*changes, f"output_dir={tmp_path}"])
     trainer = entry.build(config, tmp_path)
     metrics = trainer.train_step()
