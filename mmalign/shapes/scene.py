@@ -22,8 +22,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A second colour on an object: ``stripes``, ``checks``, ``rings`` or ``halves``, in the object's
-    frame."""
+    """A second colour on an object, in its frame: ``stripes``, ``checks``, ``rings``, ``halves``."""
 
     kind: Literal["stripes", "checks", "rings", "halves"]
     rgb: tuple[int, int, int]

@@ -42,7 +42,7 @@ def test_the_subject_in_its_place_is_right_and_plain_objects_are_not(subject, si
 
 
 def test_the_shipped_autoencoder_can_show_the_default_subject():
-    """What it cannot, no generator of its latents could learn: of `striped_star` it keeps nothing."""
+    """What it cannot, no generator of its latents learns: of `striped_star` it keeps nothing."""
     policy = load_policy("shapes-flow")
     shown = {}
     for name in ("halved_triangle", "striped_star"):
@@ -83,7 +83,10 @@ def test_a_picture_that_nobody_can_read_is_unscored():
 def test_requests_name_the_subject_by_its_token_on_the_same_noise():
     one, other = ShapesSubject(prompts_per_task=3), ShapesSubject(prompts_per_task=3, token="sks")
     assert [r.seed for r in one.requests()] == [r.seed for r in other.requests()]
-    assert " v triangle " in one.requests(1)[0].prompt and " sks triangle " in other.requests(1)[0].prompt
+    assert (
+        " v triangle " in one.requests(1)[0].prompt
+        and " sks triangle " in other.requests(1)[0].prompt
+    )
     assert len({r.key for r in one.requests()}) == 12
     for words in (("blue",), ("yellow",)):
         assert not any(w in r.prompt.split() for r in ShapesSubject().requests() for w in words)

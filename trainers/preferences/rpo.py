@@ -76,7 +76,9 @@ class Rpo(AgainstReference):
         not_negative(similarity=self.similarity)
         positive(sharpness=self.sharpness)
         if not 0 < self.subject_share <= 1:
-            raise ValueError(f"subject_share must be above 0 and at most 1, got {self.subject_share}")
+            raise ValueError(
+                f"subject_share must be above 0 and at most 1, got {self.subject_share}"
+            )
 
     def check_recipe(self, config: Any) -> None:
         """Refuse a run without a subject, or with pictures that nobody would look at.
