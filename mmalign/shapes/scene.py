@@ -22,7 +22,7 @@ Pair = tuple[str, str]
 
 @dataclass(frozen=True)
 class Pattern:
-    """A second colour on an object, in its frame: ``stripes``, ``checks``, ``rings``, ``halves``."""
+    """A second colour on an object, in the object's frame."""
 
     kind: Literal["stripes", "checks", "rings", "halves"]
     rgb: tuple[int, int, int]
