@@ -118,7 +118,7 @@ def test_a_rehearsal_beside_it_says_what_was_judged(tmp_path):
     assert [r["state"] for r in record["runs"]] == ["finished"]
     page = comparison_page(Summary(read_comparison(tmp_path)), tmp_path / "comparison.html")
     said = page.read_text(encoding="utf-8")
-    assert "accuracy is the verdict on subject and composition" in said and "v star" in said
+    assert "accuracy is the verdict on subject and composition" in said and "v triangle" in said
 
 
 @pytest.mark.parametrize(
