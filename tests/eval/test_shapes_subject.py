@@ -18,8 +18,10 @@ from mmalign.shapes.subject import SUBJECTS, subject_of, subject_scene
 from mmalign.types import Media
 
 
-def bare(prompt: str) -> str:
-    return prompt.replace(" v ", " ")
+def asked(requests, subject) -> list[Scene]:
+    """A scene for each request, with the subject in it."""
+    specs = [(random.Random(r.seed), parse(r.prompt.replace(" v ", " "))) for r in requests]
+    return [subject_scene(subject, *one) for one in specs]
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
@@ -29,7 +31,7 @@ def test_the_subject_in_its_place_is_right_and_plain_objects_are_not(subject, si
     requests = benchmark.requests()
     assert len(requests) > 20
     wanted = subject_of(subject)
-    scenes = [subject_scene(wanted, random.Random(r.seed), parse(bare(r.prompt))) for r in requests]
+    scenes = asked(requests, wanted)
     drawn = benchmark.judge(Media.from_pil([render(s, side) for s in scenes]), requests)
     assert drawn.valid.all() and drawn.value.mean() > 0.95
     assert drawn.parts["texture"].mean() > 0.95
@@ -47,10 +49,8 @@ def test_the_shipped_autoencoder_can_show_the_default_subject():
     shown = {}
     for name in ("halved_triangle", "striped_star"):
         benchmark = ShapesSubject(subject=name, samples_per_prompt=1)
-        requests, subject = benchmark.requests(), subject_of(name)
-        scenes = [subject_scene(subject, random.Random(r.seed), parse(bare(r.prompt)))
-                  for r in requests]  # fmt: skip
-        pictures = Media.from_pil([render(s) for s in scenes])
+        requests = benchmark.requests()
+        pictures = Media.from_pil([render(s) for s in asked(requests, subject_of(name))])
         kept = policy.decode(policy.encode_image(pictures))
         shown[name] = float(benchmark.judge(kept, requests).value.nanmean())
     assert shown["halved_triangle"] > 0.95 and shown["striped_star"] < 0.1

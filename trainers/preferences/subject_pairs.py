@@ -80,13 +80,8 @@ class SubjectPairs(Rollouts):
         rows = rows_of_step(self.config, self.prompts, step)
         if not (own := self.objective.subject_prompt):
             return rows
-        count = PAIR * self._alone
-        return replace(rows, prompts=(own,) * count + rows.prompts[count:])
-
-    @property
-    def _alone(self) -> int:
-        """Pairs of a step that have the subject's own prompt: one at least, all at most."""
-        return max(1, round(self.objective.subject_share * self.config.prompts_per_step))
+        alone = max(1, round(self.objective.subject_share * self.config.prompts_per_step))
+        return replace(rows, prompts=(own,) * PAIR * alone + rows.prompts[PAIR * alone :])
 
     def seen(self, steps: int) -> set[str]:
         """The prompts of the first ``steps`` steps, and the subject's own."""
